@@ -1,0 +1,298 @@
+"""Prompts: text templates, visual prompts with the recipes of Table 2, and interpolation between the two.
+
+A recipe turns a support image and its mask into the input of CLIP's image tower. As in the released code, the image is
+first resized to the model's input size (aspect ratio not kept) and normalised; the recipe works on that. The released
+lengths (blur of 15 x 15 with sigma 3, outline of thickness 5) hold at 352 px and are scaled in proportion at other sizes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.nn import functional as F
+
+from clipseg_repro.errors import InputError
+
+TRAIN_TEMPLATES = (
+    "a photo of a {}.",
+    "a photograph of a {}.",
+    "an image of a {}.",
+    "{}.",
+    "a cropped photo of a {}.",
+    "a good photo of a {}.",
+    "a photo of one {}.",
+    "a bad photo of a {}.",
+    "a photo of the {}.",
+)
+TEST_TEMPLATE = "a photo of a {}."
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+RELEASED_SIZE = 352  # px, the input size at which the released blur and outline are stated
+
+
+def load_image(image):
+    """An image as an (H, W, 3) uint8 RGB array.
+
+    `image` is a path, a PIL image of any mode (transparency is laid over white, 16-bit is scaled to 8, EXIF rotation is
+    applied) or an (H, W, 3), (H, W, 4) or (H, W) uint8 array. Raises InputError for anything else, for files that are
+    missing, truncated or no image, and for images with a side below 2 pixels.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
+            raise InputError(
+                f"image array of shape {image.shape} and type {image.dtype}: give (H, W, 3), (H, W, 4) or (H, W) uint8"
+            )
+        _check_sides(image.shape, "image array")
+        name = "image array"
+        if image.ndim == 3 and image.shape[2] == 3:
+            return np.ascontiguousarray(image)
+        picture = Image.fromarray(np.ascontiguousarray(image))
+    else:
+        picture, name = _open(image, "image")
+    _check_sides((picture.height, picture.width), name)
+    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
+        values = np.asarray(picture, dtype=np.float32)
+        # PIL opens 16-bit PNGs in these modes; a file whose values fit a byte is taken as 8-bit
+        if values.max() > 255 or picture.mode.startswith("I;16"):
+            values = values / 257
+        return np.repeat(np.clip(np.round(values), 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.array(picture.convert("RGB"))
+
+
+def load_mask(mask, shape):
+    """A binary mask as an (H, W) bool array, True on the object.
+
+    `mask` is a path, a PIL image or an (H, W) array whose values are bool, {0, 1} or {0, 255}; `shape` is the (H, W) of
+    its image. Raises InputError for another size, an empty mask, or other values.
+    """
+    if isinstance(mask, np.ndarray):
+        values, name = mask, "mask array"
+    else:
+        picture, name = _open(mask, "mask")
+        colour = picture.mode not in ("1", "L", "P", "I", "F") and not picture.mode.startswith("I;16")
+        values = np.asarray(picture.convert("L") if colour else picture)
+    if values.shape != tuple(shape[:2]):
+        raise InputError(
+            f"{name} has shape {values.shape}, its image {tuple(shape[:2])}: give a mask of the image's size"
+        )
+    found = np.unique(values)
+    if not any(np.isin(found, (0, one)).all() for one in (1, 255, 65535)):
+        raise InputError(f"{name} is not binary, it has values such as {found[:4].tolist()}: use 0 and 1, or 0 and 255")
+    if found[-1] == 0:
+        raise InputError(f"{name} is empty: mark the object with at least one pixel")
+    return values > 0
+
+
+def _open(source, what):
+    """(PIL image with its EXIF rotation applied, its name in messages) of a path or a PIL image."""
+    if isinstance(source, (str, Path)):
+        name = f"{what} '{source}'"
+        if not Path(source).is_file():
+            raise InputError(f"{name} is no file: check the path")
+        try:
+            with Image.open(source) as picture:
+                picture.load()
+        except UnidentifiedImageError:
+            raise InputError(f"{name} is not an image that Pillow can read: convert it to PNG or JPEG") from None
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError(
+                f"{name} cannot be read ({error}): the file is damaged, truncated or far too large"
+            ) from None
+    elif isinstance(source, Image.Image):
+        picture, name = source, f"{what} (PIL)"
+    else:
+        raise InputError(f"{what} of type {type(source).__name__}: give a path, a PIL image or a uint8 array")
+    return ImageOps.exif_transpose(picture), name
+
+
+def _check_sides(shape, name):
+    if min(shape[:2]) < 2:
+        raise InputError(f"{name} is {shape[1]} x {shape[0]} pixels: an image needs at least 2 x 2")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a support image is shown to CLIP (a row of Table 2).
+
+    background: factor on the background in normalised space, where 0 is ImageNet's mean colour (a grey), not black.
+    blur: Gaussian blur of the background, 15 x 15 with sigma 3 at 352 px. The blurred picture includes the object, as
+        released, so some of it bleeds into the background.
+    context: crop to the mask's box, widened on each side by this share of its width and height; None keeps the image.
+    tint: grey image, object in red. outline: red outline around the object, cv2's thickness 5 (7 px wide) at 352 px.
+    attention: (rows, layers) whose attention logits on patches outside the mask are multiplied by 0 before the softmax;
+        rows "cls" (the CLS query) or "patches" (all patch queries), layers "last" or "all". None leaves CLIP as it is.
+    """
+
+    background: float = 1.0
+    blur: bool = False
+    context: float | None = None
+    tint: bool = False
+    outline: bool = False
+    attention: tuple[str, str] | None = None
+
+    def apply(self, pixels, mask):
+        """The engineered image: (3, S, S) float32, from ImageNet-normalised `pixels` (3, S, S) and a bool `mask` (S, S).
+
+        Equals the released `img_preprocess` at S = 352.
+        """
+        size = pixels.shape[-1]
+        background = _blur(pixels) if self.blur else pixels
+        # with factor 1 and no blur this is the image itself
+        out = torch.where(mask, pixels, self.background * background)
+        if self.context is not None:
+            out = _crop_to_square(out, mask, self.context)
+        if self.tint:
+            grey = cv2.cvtColor(_to_array(_denormalise(pixels)), cv2.COLOR_RGB2GRAY)
+            colour = torch.where(mask, torch.tensor([1.0, 0.2, 0.2])[:, None, None], torch.ones(3, 1, 1))
+            out = _normalise(colour * torch.from_numpy(grey))
+        if self.outline:
+            contours, _ = cv2.findContours(_to_array(mask), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+            line = np.zeros((size, size), np.uint8)
+            cv2.drawContours(line, contours, -1, color=1, thickness=max(1, round(5 * size / RELEASED_SIZE)))
+            red = torch.tensor([1.0, 0.0, 0.0])[:, None, None]
+            out = _normalise(torch.where(torch.from_numpy(line) > 0, red, _denormalise(out)))
+        return out
+
+
+# Named as in Table 2. "layer 11" is the last of ViT-B/16; a shallower tower uses its own last layer. The released
+# notebook crops "crop + BG blur" with the large context. It computes "crop + BG intensity 10%" without a crop (the
+# paper's two rows of 21.73 are one experiment); here it is what its name says.
+RECIPES = {
+    "CLIP masking CLS in layer 11": Recipe(attention=("cls", "last")),
+    "CLIP masking CLS in all layers": Recipe(attention=("cls", "all")),
+    "CLIP masking all in all layers": Recipe(attention=("patches", "all")),
+    "dye object red in grayscale image": Recipe(tint=True),
+    "add red object outline": Recipe(outline=True),
+    "BG intensity 50%": Recipe(background=0.5),
+    "BG intensity 10%": Recipe(background=0.1),
+    "BG intensity 0%": Recipe(background=0.0),
+    "BG blur": Recipe(blur=True),
+    "BG blur + intensity 10%": Recipe(blur=True, background=0.1),
+    "crop large context": Recipe(context=0.5),
+    "crop": Recipe(context=0.1),
+    "crop + BG blur": Recipe(context=0.5, blur=True),
+    "crop + BG intensity 10%": Recipe(context=0.1, background=0.1),
+    "crop + BG blur + BG intensity 10%": Recipe(context=0.1, blur=True, background=0.1),
+}
+DEFAULT_RECIPE = "crop + BG blur + BG intensity 10%"  # the released `crop_blur_highlight352`
+
+
+@dataclass(frozen=True, eq=False)
+class VisualPrompt:
+    """A support image and the mask of the object meant.
+
+    image: path, PIL image or (H, W, 3) uint8 array. mask: path, PIL image or (H, W) array of bool, {0, 1} or {0, 255}, of
+    the image's size. recipe: a key of RECIPES. Raises InputError on an unknown recipe; files are read when used.
+    """
+
+    image: object
+    mask: object
+    recipe: str = DEFAULT_RECIPE
+
+    def __post_init__(self):
+        if self.recipe not in RECIPES:
+            raise InputError(f"unknown recipe '{self.recipe}': choose one of {', '.join(map(repr, RECIPES))}")
+
+    def load(self):
+        """((H, W, 3) uint8 RGB image, (H, W) bool mask)."""
+        image = load_image(self.image)
+        return image, load_mask(self.mask, image.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Mix:
+    """An interpolated prompt: condition = weight * visual + (1 - weight) * text. Made by `interpolate`."""
+
+    text: object
+    visual: object
+    weight: float
+
+
+def interpolate(text, visual, weight):
+    """A prompt between `text` and `visual`: x = a * s + (1 - a) * t (paper, section 3), with `weight` a in [0, 1] the share
+    of the visual prompt. Either may be a condition tensor instead."""
+    if not isinstance(text, (str, torch.Tensor)):
+        raise InputError(f"interpolate: text of type {type(text).__name__}: give a phrase or a condition tensor")
+    if not isinstance(visual, (VisualPrompt, torch.Tensor)):
+        raise InputError(
+            f"interpolate: visual of type {type(visual).__name__}: give a VisualPrompt or a condition tensor"
+        )
+    if not 0 <= weight <= 1:
+        raise InputError(
+            f"interpolate: weight {weight} is outside [0, 1]: 0 is the text alone, 1 the visual prompt alone"
+        )
+    return Mix(text, visual, float(weight))
+
+
+def input_size(image_processor):
+    """The side in pixels of the square images that the processor makes. Released weights: 352, read here and not from the
+    model's config, whose 224 is the size CLIP was pre-trained at."""
+    size = dict(image_processor.size)
+    if size.get("height") is None or size.get("height") != size.get("width"):
+        raise InputError(f"image processor of size {size}: the decoder needs square inputs, set height = width")
+    return size["height"]
+
+
+def to_pixels(images, image_processor):
+    """Images, (H, W, 3) uint8 each, as one (B, 3, S, S) float32 batch: resized to the processor's size without keeping the
+    aspect ratio, and normalised."""
+    batch = image_processor(list(images), input_data_format="channels_last", return_tensors="pt")
+    return batch["pixel_values"].float()
+
+
+def prepare(prompt, image_processor):
+    """A VisualPrompt ready for the image tower: (pixels (3, S, S) float32 after its recipe, mask (S, S) bool).
+
+    The mask is the support mask at the input size before any crop; the attention recipes need it."""
+    image, mask = prompt.load()
+    (pixels,) = to_pixels([image], image_processor)
+    full = torch.from_numpy(mask)[None, None].float()
+    small = F.interpolate(full, pixels.shape[-2:])  # nearest, as released
+    if not small.any():  # an object thinner than the sampling grid must not vanish
+        small = F.adaptive_max_pool2d(full, pixels.shape[-2:])
+    small = small[0, 0] > 0
+    return RECIPES[prompt.recipe].apply(pixels, small), small
+
+
+def _blur(pixels):
+    scale = pixels.shape[-1] / RELEASED_SIZE
+    side = max(3, 2 * round((15 * scale - 1) / 2) + 1)
+    return torch.from_numpy(cv2.GaussianBlur(_to_array(pixels), (side, side), 3 * scale)).permute(2, 0, 1)
+
+
+def _crop_to_square(pixels, mask, context):
+    """Crop to the mask's box with context, pad with zeros (the mean colour) to a square, resize (nearest) to the old size."""
+    size = pixels.shape[-1]
+    (top, bottom), (left, right) = (_span(mask.any(axis), context, size) for axis in (1, 0))
+    crop = pixels[:, top:bottom, left:right]
+    height, width = crop.shape[1:]
+    x, y = max(0, height - width), max(0, width - height)
+    crop = F.pad(crop, (x // 2, x - x // 2, y // 2, y - y // 2))
+    return F.interpolate(crop[None], (size, size))[0]
+
+
+def _span(occupied, context, size):
+    where = occupied.nonzero()
+    first, last = int(where[0]), int(where[-1]) + 1
+    margin = context * (last - first)
+    return int(max(0, first - margin)), int(min(size, last + margin))
+
+
+def _to_array(tensor):
+    array = tensor.numpy() if tensor.ndim == 2 else tensor.permute(1, 2, 0).numpy()
+    return np.ascontiguousarray(array.astype(np.uint8) if array.dtype == bool else array)
+
+
+def _normalise(pixels):
+    return (pixels - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
+
+
+def _denormalise(pixels):
+    return (pixels * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]).clamp(0, 1)

@@ -1,0 +1,127 @@
+"""Shared fixtures: a tiny CLIPSeg with random weights, saved as transformers would, and test pictures."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    CLIPSegConfig,
+    CLIPSegForImageSegmentation,
+    CLIPSegProcessor,
+    CLIPTokenizerFast,
+    ViTImageProcessor,
+)
+
+from clipseg_repro.models import load_model
+from clipseg_repro.prompts import IMAGENET_MEAN, IMAGENET_STD, TRAIN_TEMPLATES
+from clipseg_repro.segmenter import Segmenter
+
+WORDS = ["cat", "dog", "red", "small", "car", "tree", "something", "sit", "left", "house", "bird", "apple"]
+
+
+def tiny_processor(size=112, context=24):
+    """A CLIPSegProcessor whose BPE is trained on a few sentences; `context` is the text tower's length."""
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        end_of_word_suffix="</w>",
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator([t.format(w) for t in TRAIN_TEMPLATES for w in WORDS], trainer)
+    state = json.loads(bpe.to_str())["model"]
+    tokenizer = CLIPTokenizerFast(
+        vocab=state["vocab"], merges=[tuple(m) for m in state["merges"]], model_max_length=context
+    )
+    image_processor = ViTImageProcessor(
+        size={"height": size, "width": size}, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD), resample=2
+    )
+    return CLIPSegProcessor(image_processor=image_processor, tokenizer=tokenizer)
+
+
+def tiny_config(tokenizer, **changes):
+    return CLIPSegConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 24,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": 112,
+            "patch_size": 8,
+        },
+        projection_dim=48,
+        reduce_dim=64,
+        extract_layers=[0, 1, 2],
+        decoder_intermediate_size=128,
+        **changes,
+    )
+
+
+def random_model(config, seed=0):
+    """A CLIPSeg whose weights are spread enough for prompts and pixels to matter to the logits."""
+    torch.manual_seed(seed)
+    model = CLIPSegForImageSegmentation(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, parameter[0].numel() ** -0.5)
+            elif parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A save_pretrained folder: 112 px, patches of 8, 4 blocks of width 64, decoder of width 64, condition of width 48."""
+    folder = tmp_path_factory.mktemp("tiny") / "clipseg"
+    processor = tiny_processor()
+    random_model(tiny_config(processor.tokenizer)).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_folder):
+    """(model, processor), shared: do not change the weights."""
+    return load_model(tiny_folder)
+
+
+@pytest.fixture
+def segmenter(tiny_model):
+    return Segmenter(*tiny_model, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """(90, 140, 3) uint8: noise with a bright disc."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 120, (90, 140, 3), dtype=np.uint8)
+    y, x = np.ogrid[:90, :140]
+    image[(y - 50) ** 2 + (x - 60) ** 2 < 400] = (250, 200, 30)
+    return image
+
+
+@pytest.fixture(scope="session")
+def picture_mask():
+    """(90, 140) bool: the disc of `picture`."""
+    y, x = np.ogrid[:90, :140]
+    return (y - 50) ** 2 + (x - 60) ** 2 < 400
