@@ -116,10 +116,7 @@ class SegmentationMetrics(Metric):
             raise InputError("no sample was counted: call update with at least one map that has labelled pixels")
         total = self.counts.sum(0)
         fg, bg = self._iou(total)
-        if self.num_groups is None:
-            miou = self.iou_sum / seen
-        else:
-            miou = self._iou(self.counts[self.samples > 0])[0].mean(0)
+        miou = self.iou_sum / seen if self.num_groups is None else self._iou(self.counts[self.samples > 0])[0].mean(0)
         ap = _simpson_ap(total.cpu().numpy()) if self.convention == "released" else _histogram_ap(self.histogram)
         return {
             "thresholds": THRESHOLDS.to(self.device),
@@ -232,8 +229,8 @@ def _check(probabilities, target, device=None):
 
 
 def _counts(p, target):
-    # Bin 2j + sign(p - j / 50) for the threshold j / 50 nearest to p: pixels that do not pass it end in bin 2j. A float32
-    # quotient is the float32 nearest to j / 50, so ties fall as in p > t (CUDA divides exactly by a tensor only).
+    # Bin 2j + sign(p - j / 50) for the threshold j / 50 nearest to p: pixels that do not pass it lie in bins up to 2j.
+    # The float32 quotient is the float32 nearest to j / 50, so ties fall as in p > t (CUDA: by a tensor only).
     nearest = (p * 50).round_()
     bins = torch.addcdiv(p, nearest, p.new_tensor(50.0), value=-1).sign_().add_(nearest, alpha=2).to(torch.int16)
     # Rows of 128 bins for labels 0, 1 and 255 & 3; neighbours count in separate lanes, or one busy bin slows the rest.

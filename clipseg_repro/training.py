@@ -1,92 +1,179 @@
-"""One training loop: seeded, with a progress bar, curves as CSV, checkpoints, and exact resume after a kill."""
+"""Training of decoders on a frozen CLIP: the runs of `experiments.yaml`, on accelerate."""
 
-import json
-import time
-from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
-from typing import Protocol
 
-import pandas as pd
+import numpy as np
 import torch
-from tqdm.auto import tqdm
+import yaml
+from accelerate import Accelerator
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 
+from clipseg_repro.datasets.phrasecut import PhraseCut, PhraseCutPlus, TrainingSample
 from clipseg_repro.errors import InputError
-from clipseg_repro.files import written_whole
+from clipseg_repro.loop import fast_attention, fit
+from clipseg_repro.metrics import SegmentationMetrics
+from clipseg_repro.models import decode, embed_images, embed_texts, encode, load_model
+from clipseg_repro.prompts import prepare, to_pixels
+from clipseg_repro.segmenter import Segmenter
 
 
-class Stateful(Protocol):
-    """What a checkpoint can hold: modules, optimisers, schedulers."""
+@cache
+def experiments() -> dict[str, dict]:
+    """All runs of `experiments.yaml` by name, their defaults filled in."""
+    table = yaml.safe_load((files(__package__) / "experiments.yaml").read_text(encoding="utf-8"))
+    defaults = table.pop("defaults")
+    return {name: defaults | (own or {}) for name, own in table.items()}
 
-    def state_dict(self) -> dict: ...
 
-    def load_state_dict(self, state: dict): ...
+@dataclass
+class Batch:
+    """Query crops, and for each of N prompts: which query it is put to, its words, example, mixture and truth.
 
-
-def fit(
-    name: str,
-    folder: Path,
-    batches: Callable[[int], Iterable],
-    step: Callable[[int, object], dict[str, torch.Tensor]],
-    steps: int,
-    state: dict[str, Stateful],
-    settings: dict,
-    validate: Callable[[], dict[str, float]] | None = None,
-    every: int = 500,
-) -> pd.DataFrame:
-    """Run `steps` optimisation steps and return the curve (one row per `every` steps, also in `folder/curve.csv`).
-
-    `batches(first)` iterates over the batches from step `first` on, and `step(i, batch)` trains on one and returns its
-    losses; both must depend on nothing but the step and `state`, so that a run that was killed and started again gives
-    the same weights as one that was not. `settings` are stored with the checkpoint: a folder that holds a run with
-    other settings is refused with an InputError.
+    pixels: (B, 3, S, S). rows: (N,) indices into B. texts: N. supports: (M, 3, S, S) for the prompts `supported` (M,)
+    in N. weights: (N,) share of the text. masks: (N, S, S) float.
     """
-    folder = Path(folder)
-    checkpoint = folder / "checkpoint.pt"
-    curve: list[dict] = []
-    first, seconds = 0, 0.0
-    recorded = json.dumps(settings, sort_keys=True)
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
-        if saved["settings"] != recorded:
-            raise InputError(
-                f"{folder} holds a run with other settings ({saved['settings']}); "
-                f"remove that folder or train into another one to use {recorded}"
-            )
-        for key, holder in state.items():
-            holder.load_state_dict(saved["state"][key])
-        first, seconds, curve = saved["step"], saved["seconds"], saved["curve"]
 
-    def save(done: int):
-        with written_whole(checkpoint) as temporary:
-            torch.save(
-                {
-                    "settings": recorded,
-                    "step": done,
-                    "seconds": seconds + time.monotonic() - started,
-                    "curve": curve,
-                    "state": {key: holder.state_dict() for key, holder in state.items()},
-                },
-                temporary,
-            )
-        with written_whole(folder / "curve.csv") as temporary:
-            pd.DataFrame(curve).to_csv(temporary, index=False)
+    pixels: torch.Tensor
+    rows: torch.Tensor
+    texts: list[str]
+    supports: torch.Tensor
+    supported: torch.Tensor
+    weights: torch.Tensor
+    masks: torch.Tensor
 
-    started = time.monotonic()
-    totals: dict[str, torch.Tensor] = {}
-    counted = 0
-    if first < steps:
-        with tqdm(total=steps, initial=first, desc=name, unit="step", mininterval=1) as bar:
-            for i, batch in zip(range(first, steps), batches(first)):
-                losses = step(i, batch)
-                for key, value in losses.items():
-                    totals[key] = totals.get(key, 0) + value.detach()
-                counted += 1
-                bar.update()
-                if (i + 1) % every == 0 or i + 1 == steps:
-                    row = {"step": i + 1, **{k: round(float(v) / counted, 5) for k, v in totals.items()}}
-                    row |= validate() if validate else {}
-                    curve.append(row | {"seconds": round(seconds + time.monotonic() - started, 1)})
-                    bar.set_postfix({k: v for k, v in row.items() if k != "step"})
-                    totals, counted = {}, 0
-                    save(i + 1)
-    return pd.DataFrame(curve)
+
+class _Draws(Dataset):
+    """The n-th draw of a training run."""
+
+    def __init__(self, data: PhraseCutPlus, draws: int):
+        self.data, self.draws = data, draws
+
+    def __len__(self) -> int:
+        return self.draws
+
+    def __getitem__(self, n: int) -> list[TrainingSample]:
+        return self.data[self.data.key(n)]
+
+
+class _Collate:
+    def __init__(self, image_processor):
+        self.image_processor = image_processor
+
+    def __call__(self, draws: list[list[TrainingSample]]) -> Batch:
+        pixels = to_pixels([draw[0].image for draw in draws], self.image_processor)
+        samples = [sample for draw in draws for sample in draw]
+        masks = torch.stack([
+            F.interpolate(torch.from_numpy(np.ascontiguousarray(s.mask))[None, None].float(), pixels.shape[-2:])[0, 0]
+            for s in samples
+        ])  # fmt: skip
+        supported = [i for i, s in enumerate(samples) if s.support]
+        supports = [prepare(samples[i].support, self.image_processor)[0] for i in supported]
+        return Batch(
+            pixels=pixels,
+            rows=torch.tensor([row for row, draw in enumerate(draws) for _ in draw]),
+            texts=[s.text for s in samples],
+            supports=torch.stack(supports) if supports else pixels[:0],
+            supported=torch.tensor(supported, dtype=torch.long),
+            weights=torch.tensor([s.text_weight for s in samples]),
+            masks=masks,
+        )
+
+
+def conditions(model, processor, batch: Batch) -> torch.Tensor:
+    """The mixed conditions (N, P) of a batch: text * weight + visual * (1 - weight)."""
+    text = embed_texts(model, processor, batch.texts).float()
+    visual = text.clone()
+    if len(batch.supported):
+        embedded = embed_images(model, batch.supports.to(model.device)).float()
+        visual[batch.supported.to(model.device)] = embedded
+    weights = batch.weights.to(model.device)[:, None]
+    return weights * text + (1 - weights) * visual
+
+
+def train(
+    run: str,
+    root: Path,
+    folder: Path,
+    source: str = "mini",
+    iterations: int | None = None,
+    seed: int = 0,
+    workers: int = 1,
+    validate_on: int = 100,
+):
+    """Train a fresh decoder for `run` on the PhraseCut data in `root` and save the model to `folder/model`.
+
+    `source` gives CLIP (its decoder is replaced). `iterations` None takes the run's own. Progress, curve and checkpoint
+    are `loop.fit`'s, in `folder`: a killed run resumes exactly. `validate_on`: images of the val split in the curve.
+    Returns the trained Segmenter. Raises InputError for an unknown run.
+    """
+    if run not in experiments():
+        raise InputError(f"unknown run '{run}': choose one of {', '.join(experiments())}")
+    settings = experiments()[run] | {"run": run, "seed": seed}
+    settings["iterations"] = steps = iterations or settings["iterations"]
+    accelerator = Accelerator(mixed_precision="bf16")
+    model, processor = load_model(source)
+    model = fresh_decoder(model, settings["reduce_dim"], seed).to(accelerator.device).requires_grad_(False)
+    model.decoder.requires_grad_(True).train()
+    data = PhraseCutPlus(
+        PhraseCut(root, "train"), settings["negative"], tuple(settings["text_weight"]), visual=settings["visual"],
+        phrases_per_image=settings["phrases_per_image"], seed=seed,
+    )  # fmt: skip
+    val = PhraseCut(root, "val")
+    optimiser = torch.optim.AdamW(model.decoder.parameters(), lr=settings["learning_rate"])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, settings["final_learning_rate"])
+    images = settings["batch"] // settings["phrases_per_image"]
+
+    def batches(first: int):
+        return DataLoader(
+            _Draws(data, steps * images), images, sampler=range(first * images, steps * images), num_workers=workers,
+            collate_fn=_Collate(processor.image_processor), prefetch_factor=4 if workers else None,
+        )  # fmt: skip
+
+    def step(_: int, batch: Batch) -> dict[str, torch.Tensor]:
+        with accelerator.autocast():
+            activations = encode(model, batch.pixels.to(accelerator.device))
+            condition = conditions(model, processor, batch)
+            rows = batch.rows.to(accelerator.device)
+            logits = decode(model, [a[rows] for a in activations], condition)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), batch.masks.to(accelerator.device))
+        accelerator.backward(loss)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad(set_to_none=True)
+        return {"loss": loss}
+
+    with fast_attention(model):
+        fit(
+            run, Path(folder), batches, step, steps,
+            {"decoder": model.decoder, "optimiser": optimiser, "schedule": schedule},
+            settings, validate=lambda: validate(model, processor, val, validate_on), every=max(1, min(250, steps // 4)),
+        )  # fmt: skip
+    model.eval().save_pretrained(Path(folder) / "model")
+    processor.save_pretrained(Path(folder) / "model")
+    return Segmenter(model, processor)
+
+
+def fresh_decoder(model, reduce_dim: int, seed: int):
+    """Replace the decoder by an untrained one of width `reduce_dim`, initialised from `seed`. Returns the model."""
+    torch.manual_seed(seed)
+    model.config.reduce_dim = reduce_dim
+    model.decoder = type(model.decoder)(model.config)
+    return model
+
+
+@torch.no_grad()
+def validate(model, processor, dataset: PhraseCut, images: int) -> dict[str, float]:
+    """mIoU, IoU_FG at the best threshold and AP of text prompts on the first `images` of a split."""
+    model.eval()
+    segmenter, metrics = Segmenter(model, processor, model.device, model.dtype), SegmentationMetrics()
+    for indices in list(dataset.by_image.values())[:images]:
+        samples = [dataset[i] for i in indices]
+        segmenter.set_image(samples[0].image)
+        metrics.update(segmenter.predict([s.phrase for s in samples]), [s.mask for s in samples])
+    model.decoder.train()
+    best = metrics.best()
+    return {key: round(best[key], 4) for key in ("miou", "iou_fg", "ap")}

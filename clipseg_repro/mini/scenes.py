@@ -97,7 +97,7 @@ def _background(rng: np.random.Generator, height: int, width: int, plain: float)
     return np.clip(low + (high - low) * wave[..., None].astype(np.float32), 0, 255).astype(np.float32)
 
 
-@lru_cache(maxsize=None)
+@lru_cache(maxsize=4096)
 def _source(hexcode: str, colour: str | None, level: int) -> tuple[np.ndarray, np.ndarray]:
     """A pictogram at `level` pixels, float32 with premultiplied alpha, and the (x, y) of its convex outline, (2, N)."""
     rgba = sprite(hexcode, colour).astype(np.float32)

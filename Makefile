@@ -1,0 +1,34 @@
+# make reproduce | test | lab | setup. Needs Python >= 3.11 and make; everything goes into .venv and results/.
+PYTHON ?= python3
+BIN := .venv/bin
+TEST_RESULTS := .cache/test-results
+
+.PHONY: setup reproduce test lab
+
+setup: .venv/installed
+
+reproduce: setup
+	$(BIN)/clipseg-repro reproduce --resume
+
+# Notebooks write results when nbval runs them: here into a copy, so that tests change no tracked file.
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/clipseg-repro data build
+	rm -rf $(TEST_RESULTS) && mkdir -p results $(dir $(TEST_RESULTS)) && cp -R results $(TEST_RESULTS)
+	CLIPSEG_REPRO_RESULTS="$(CURDIR)/$(TEST_RESULTS)" $(BIN)/python -m pytest --nbval
+
+lab: setup
+	$(BIN)/clipseg-repro data build
+	$(BIN)/jupyter lab notebooks
+
+.venv/installed: .venv/requirements pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+.venv/requirements: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed; '$(PYTHON)' is `$(PYTHON) --version 2>&1`." \
+	       "Name a newer one: make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	@touch $@

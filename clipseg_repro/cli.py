@@ -1,0 +1,185 @@
+"""The command line: `clipseg-repro segment | data | train | evaluate | reproduce`."""
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clipseg_repro.errors import InputError
+from clipseg_repro.scales import SCALES, get_scale
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class _Group(typer.core.TyperGroup):
+    """Turns what users cause (bad input, Ctrl-C) into one line on stderr and an exit code."""
+
+    def invoke(self, ctx):
+        from clipseg_repro.study import NotebookFailed
+
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            typer.secho(f"Error: {error}", fg="red", err=True)
+            raise typer.Exit(2) from None
+        except NotebookFailed as error:
+            typer.secho(f"Failed: {error}", fg="red", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.secho("\nStopped. Run the same command again to go on from here.", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="CLIPSeg, reproduced: segment an image by describing what you look for, or by showing an example of it.",
+)
+data = typer.Typer(no_args_is_help=True, help="The data sets.")
+app.add_typer(data, name="data")
+
+ScaleName = StrEnum("ScaleName", list(SCALES))
+ScaleOption = Annotated[
+    ScaleName,
+    typer.Option("--scale", help="mini: generated data, offline, minutes. paper: the real data sets, a GPU."),
+]
+
+
+class Prompts(StrEnum):
+    text = "text"
+    visual = "visual"
+
+
+@app.command()
+def segment(
+    image: Annotated[Path, typer.Argument(help="The picture to segment.")],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help='What to look for, each in quotes: "a cat" "something to sit on".')
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results; made if missing.")] = Path("segmented"),
+    support: Annotated[Path | None, typer.Option(help="An example picture: look for what --mask marks in it.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Mask of --support: a picture, 0 except on the object.")] = None,
+    model: Annotated[str, typer.Option(help="mini, a Hub id (owner/name), or a folder of weights.")] = "mini",
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="A mask is where the probability is higher.")] = 0.5,
+):
+    """Segment a picture by text, by example, or by both.
+
+    For each prompt, writes to --out: ..._probability.png (16 bit: 65535 is probability 1), ..._mask.png (white where
+    the probability exceeds --threshold) and ..._overlay.png (the probability as colour over the picture).
+    """
+    from clipseg_repro import VisualPrompt, load_segmenter
+    from clipseg_repro.prompts import load_image
+
+    if (support is None) != (mask is None):
+        raise InputError("--support and --mask belong together: give the example picture and the mask of its object")
+    given = list(prompts or [])
+    if support:
+        given.append(VisualPrompt(support, mask))
+    picture = load_image(image)
+    segmenter = load_segmenter(model)
+    segmenter.set_image(picture)
+    maps = segmenter.predict(given)
+    names = [*(prompts or []), *([f"like {support.stem}"] if support else [])]
+    for number, (name, probability) in enumerate(zip(names, maps, strict=True), start=1):
+        slug = re.sub(r"\W+", "-", name.lower()).strip("-")[:40]
+        stem = f"{image.stem}_{number}_{slug}"
+        _write_maps(out, stem, picture, probability, threshold)
+        typer.echo(f"{name}: {(probability > threshold).mean():.1%} of the picture -> {out / stem}_*.png")
+
+
+def _write_maps(out, stem, picture, probability, threshold):
+    import numpy as np
+    from PIL import Image
+
+    from clipseg_repro.files import written_whole
+    from clipseg_repro.plotting import overlay
+
+    pictures = {
+        "probability": (probability * 65535).round().astype(np.uint16),
+        "mask": (probability > threshold).astype(np.uint8) * 255,
+        "overlay": overlay(picture, probability),
+    }
+    for kind, array in pictures.items():
+        path = out / f"{stem}_{kind}.png"
+        try:
+            with written_whole(path) as temporary:
+                Image.fromarray(array).save(temporary, format="PNG")
+        except OSError as error:
+            raise InputError(
+                f"cannot write '{path}' ({error.strerror or error}): free disk space or give another --out"
+            ) from error
+
+
+@data.command("build")
+def data_build(scale: ScaleOption = ScaleName.mini):
+    """Generate the mini data sets; at paper scale, check that the real ones are there. Goes on where it was stopped."""
+    chosen = get_scale(scale)
+    chosen.prepare()
+    typer.echo(f"The data are in {chosen.phrasecut}")
+
+
+@app.command()
+def train(
+    run: Annotated[str, typer.Argument(help="mini-clip (pre-training), or a run of experiments.yaml: clipseg-pc+ ...")],
+    scale: ScaleOption = ScaleName.mini,
+    source: Annotated[str | None, typer.Option(help="Whose CLIP the decoder reads; the scale's model if none.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimisation steps, instead of the run's own.")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed gives another model.")] = 0,
+):
+    """Train a model, saved in results/training/RUN with its curve and checkpoint; goes on where it was stopped."""
+    from clipseg_repro import training
+
+    chosen = get_scale(scale)
+    folder = chosen.results / "training" / run
+    if run == "mini-clip":
+        from clipseg_repro.mini.pretrain import pretrain
+
+        if source or steps:
+            raise InputError("mini-clip starts from nothing and has its own curriculum: leave out --source and --steps")
+        pretrain(folder, seed=seed)
+    else:
+        if run not in training.experiments():  # before the data are built
+            raise InputError(f"unknown run '{run}': choose one of mini-clip, {', '.join(training.experiments())}")
+        chosen.prepare()
+        training.train(run, chosen.phrasecut, folder, source=source or chosen.model, iterations=steps, seed=seed)
+    typer.echo(f"The model is in {folder / 'model'}")
+
+
+@app.command()
+def evaluate(
+    source: Annotated[str | None, typer.Argument(help="mini, a Hub id or a folder; the scale's model if none.")] = None,
+    scale: ScaleOption = ScaleName.mini,
+    split: Annotated[str, typer.Option(help="train, val, test or miniv.")] = "test",
+    prompts: Annotated[Prompts, typer.Option(help="Ask by the phrase, or by an example of the same phrase.")] = "text",
+):
+    """Measure a model on PhraseCut, as in the paper's Table 3."""
+    from clipseg_repro import load_segmenter
+    from clipseg_repro.datasets.phrasecut import PhraseCut
+    from clipseg_repro.protocols import phrasecut
+
+    chosen = get_scale(scale)
+    chosen.prepare()
+    result = phrasecut(load_segmenter(source or chosen.model), PhraseCut(chosen.phrasecut, split), prompts=prompts)
+    typer.echo(result.table().round(3).to_string(index=False))
+
+
+@app.command()
+def reproduce(
+    only: Annotated[list[str] | None, typer.Option(help="Only this notebook, as 03; may be repeated.")] = None,
+    scale: ScaleOption = ScaleName.mini,
+    resume: Annotated[bool, typer.Option("--resume/--restart", help="Skip what is done, or run all again.")] = True,
+):
+    """Run the notebooks in order; they write the tables and figures of the study to results/."""
+    from clipseg_repro.study import reproduce as run_study
+
+    copies = run_study(only or (), scale, resume)
+    typer.echo(f"{len(copies)} notebooks done; tables and figures are in {get_scale(scale).results}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,262 @@
+"""PhraseCut (Wu et al., CVPR 2020) and PhraseCut+ (the paper, section 4), from the layout of `VGPhraseCut_v0`.
+
+    VGPhraseCut_v0/images/<image_id>.jpg, image_data_split3000.json, refer_{train,val,test,miniv}.json
+
+The official data and the mini world's are read by the same code.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+from skimage.draw import polygon2mask
+
+from clipseg_repro.datasets import Sample
+from clipseg_repro.errors import InputError
+from clipseg_repro.prompts import TRAIN_TEMPLATES, VisualPrompt
+
+SPLITS = ("train", "val", "test", "miniv")
+# Annotation and image differ in size (released loader, datasets/phrasecut.py).
+BAD_IMAGES = frozenset(
+    {150417, 285665, 498246, 61564, 285743, 498269, 498010, 150516, 150344}
+    | {286093, 61530, 150333, 286065, 285814, 498187, 285761, 498042}
+)
+# Words that would show the decoder the prompts of Table 8 (released loader).
+PROPERTY_WORDS = frozenset(
+    {"drink", "drinks", "drinking", "sit", "sits", "sitting", "ride", "rides", "riding", "fly", "flies", "flying"}
+    | {"drive", "drives", "driving", "driven", "swim", "swims", "swimming", "wheel", "wheels", "leg", "legs"}
+    | {"ear", "ears"}
+)
+CROP_TRIES, CROP_SHARE = 50, 0.05
+
+
+def mentions_property(phrase: str) -> bool:
+    """Whether a phrase has one of the words of Table 8's prompts; for `PhraseCut(remove=...)`."""
+    return not PROPERTY_WORDS.isdisjoint(phrase.split(" "))
+
+
+def rasterise(polygons: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """Union of polygons as an (H, W) uint8 mask of 0 and 1. Polygons are (N, 2) arrays of x, y in pixels.
+
+    A pixel belongs to a polygon that holds or touches its integer coordinates: `skimage.draw.polygon2mask`, as in the
+    released loader. Outlines that follow the pixel grid (every edge of 0, 45 or 90 degrees between pixels) are drawn by
+    OpenCV, sixty times faster. It differs only on lines that the outline passes twice, which scikit-image leaves out.
+    """
+    mask = np.zeros(shape, np.uint8)
+    for polygon in polygons:
+        edges = np.abs(polygon - np.roll(polygon, 1, axis=0))
+        if (edges.min(1) * (edges[:, 0] - edges[:, 1]) == 0).all() and (polygon % 1 == 0).all():
+            cv2.fillPoly(mask, [polygon.astype(np.int32)], 1)
+        else:
+            mask |= polygon2mask(shape, polygon[:, ::-1]).astype(np.uint8)
+    return mask
+
+
+class PhraseCut:
+    """One split of PhraseCut: item i is the `Sample` of one phrase, the whole image with the union of its polygons.
+
+    root: the folder that holds `VGPhraseCut_v0`, or that folder. remove: phrases for which it returns True are left out
+    (`mentions_property` for Table 8). Samples are in order of image id, then as in the file. Raises InputError on a
+    missing or damaged file, and on an unknown split.
+
+    phrases: the phrase of every sample. by_phrase: phrase -> indices of its samples. supported: indices of the samples
+    whose phrase is not unique, the ones the paper tests image prompts on.
+    """
+
+    def __init__(self, root: str | Path, split: str, remove: Callable[[str], bool] | None = None):
+        if split not in SPLITS:
+            raise InputError(f"unknown PhraseCut split '{split}': choose one of {', '.join(SPLITS)}")
+        root = Path(root)
+        self.folder = root if root.name == "VGPhraseCut_v0" else root / "VGPhraseCut_v0"
+        if not self.folder.is_dir():
+            raise InputError(
+                f"no PhraseCut data at '{self.folder}': make the mini world's with `clipseg-repro data build`, or "
+                "put the official VGPhraseCut_v0 (downloader: ChenyunWu/PhraseCutDataset on GitHub) there"
+            )
+        images = {entry["image_id"]: entry for entry in self._read("image_data_split3000.json", ("image_id",))}
+        tasks = self._read(f"refer_{split}.json", ("task_id", "image_id", "Polygons", "phrase", "phrase_structure"))
+        # The released loader keeps the images that the split table gives to this split.
+        tasks = [t for t in tasks if images.get(t["image_id"], {}).get("split") == split]
+        tasks = [t for t in tasks if t["image_id"] not in BAD_IMAGES and not (remove and remove(t["phrase"]))]
+        tasks.sort(key=lambda task: task["image_id"])  # stable: within an image as in the file
+        if not tasks:
+            raise InputError(f"no phrase of split '{split}' is left in '{self.folder}': build or download it again")
+        self.split = split
+        self._tasks = [_compact(task) for task in tasks]
+        self._sizes = {i: (images[i]["height"], images[i]["width"]) for i in {t["image_id"] for t in tasks}}
+        self.phrases = [task["phrase"] for task in tasks]
+        self.by_phrase: dict[str, list[int]] = {}
+        for i, phrase in enumerate(self.phrases):
+            self.by_phrase.setdefault(phrase, []).append(i)
+        self.supported = [i for i, phrase in enumerate(self.phrases) if len(self.by_phrase[phrase]) > 1]
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __getitem__(self, i: int) -> Sample:
+        task = self._tasks[i]
+        image_id = task["image_id"]
+        info = {key: task[key] for key in ("task_id", "ann_ids", "phrase_structure")}
+        return Sample(self._image(image_id), self._mask(i), self.phrases[i], image_id, info=info)
+
+    def visual_support(self, i: int, rng: np.random.Generator) -> Sample | None:
+        """Another sample of the same phrase, drawn uniformly; None if the phrase is unique."""
+        others = [j for j in self.by_phrase[self.phrases[i]] if j != i]
+        return self[others[rng.integers(len(others))]] if others else None
+
+    def _mask(self, i: int) -> np.ndarray:
+        task = self._tasks[i]
+        return rasterise(task["polygons"], self._sizes[task["image_id"]])
+
+    def _image(self, image_id: int) -> np.ndarray:
+        path = self.folder / "images" / f"{image_id}.jpg"
+        try:
+            with Image.open(path) as picture:  # EXIF rotation is not applied: polygons are in stored pixels
+                image = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
+        except FileNotFoundError:
+            raise InputError(f"'{path}' is missing: build or download the images of PhraseCut again") from None
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(f"'{path}' cannot be read ({error}): build or download it again") from None
+        if image.shape[:2] != self._sizes[image_id]:
+            raise InputError(
+                f"'{path}' is {image.shape[1]} x {image.shape[0]} pixels, image_data_split3000.json says "
+                f"{' x '.join(map(str, self._sizes[image_id][::-1]))}: image and annotation are not of one data set"
+            )
+        return image
+
+    def _read(self, name: str, keys: Sequence[str]) -> list[dict]:
+        path = self.folder / name
+        remedy = "build or download it again"
+        try:
+            entries = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise InputError(f"'{path}' is missing: {remedy}") from None
+        except OSError as error:
+            raise InputError(f"'{path}' cannot be read ({error.strerror}): check its permissions") from None
+        except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+            raise InputError(f"'{path}' is not valid JSON ({error}): {remedy}") from None
+        if not isinstance(entries, list):
+            raise InputError(f"'{path}' holds no list: {remedy}")
+        for n, entry in enumerate(entries):
+            missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+            if missing:
+                raise InputError(f"'{path}' entry {n} has no '{missing[0]}': {remedy}")
+        return entries
+
+
+def _compact(task: dict) -> dict:
+    """A task with its polygons as arrays: a tenth of the memory, and ready to draw."""
+    polygons = [np.asarray(p, np.float64) for instance in task["Polygons"] for p in instance if len(p)]
+    if any(p.ndim != 2 or p.shape[1] != 2 for p in polygons):
+        raise InputError(
+            f"PhraseCut task '{task['task_id']}' has a polygon that is no list of [x, y]: get the file again"
+        )
+    kept = {key: task.get(key) for key in ("task_id", "image_id", "ann_ids", "phrase_structure")}
+    return kept | {"polygons": polygons}
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingSample:
+    """One draw of PhraseCut+: condition = text_weight * text + (1 - text_weight) * support.
+
+    image: (S, S, 3) uint8 crop (of any shape without cropping). mask: (S, S) uint8 of 0 and 1, all 0 for a negative.
+    text: the phrase in its template. support: None if the phrase is unique; text_weight is 1 then.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    phrase: str
+    text: str
+    support: VisualPrompt | None
+    text_weight: float
+
+
+class PhraseCutPlus:
+    """The training view of a PhraseCut split (paper, section 4): PC+, or PC with `negative=0, visual=False`.
+
+    Item (epoch, i) depends on nothing but seed, epoch and i, so a training run resumes exactly. Each draw crops a
+    square around the object, replaces the phrase by another with probability `negative` (the mask is empty then), puts
+    the phrase into a template, and draws a support among the samples of the phrase, as released the query itself
+    included, with a crop of its own. text_weight: range of the uniform text weight; (0, 1) in the paper, (0, 0.5) in
+    the released experiment files.
+    """
+
+    def __init__(
+        self,
+        dataset: PhraseCut,
+        negative: float = 0.2,
+        text_weight: tuple[float, float] = (0.0, 1.0),
+        templates: Sequence[str] = TRAIN_TEMPLATES,
+        crop: bool = True,
+        visual: bool = True,
+        seed: int = 0,
+    ):
+        low, high = text_weight
+        if not 0 <= negative <= 1:
+            raise InputError(f"negative = {negative}: a probability is in [0, 1]")
+        if not 0 <= low <= high <= 1:
+            raise InputError(f"text_weight = ({low}, {high}): give 0 <= low <= high <= 1")
+        if negative and len(dataset.by_phrase) < 2:
+            raise InputError("negatives need at least two different phrases: use more data, or negative=0")
+        self.dataset, self.negative, self.text_weight = dataset, negative, (low, high)
+        self.templates, self.crop, self.visual, self.seed = tuple(templates), crop, visual, seed
+        self._phrases = sorted(dataset.by_phrase)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def key(self, n: int) -> tuple[int, int]:
+        """(epoch, i) of the n-th draw of a training run: every epoch visits all samples in an order of its own."""
+        epoch, place = divmod(n, len(self))
+        if getattr(self, "_order", (None,))[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self))
+        return epoch, int(self._order[1][place])
+
+    def __getitem__(self, key: tuple[int, int]) -> TrainingSample:
+        epoch, i = key
+        rng = np.random.default_rng([self.seed, epoch, i])
+        phrase = self.dataset.phrases[i]
+        image, mask = self._view(i, rng)
+        if rng.random() < self.negative:
+            others = len(self._phrases) - 1
+            j = int(rng.integers(others))
+            # The last phrase stands in for the sample's own, so that each other one is equally likely.
+            phrase = self._phrases[j] if self._phrases[j] != phrase else self._phrases[others]
+            mask = np.zeros_like(mask)
+        text = self.templates[rng.integers(len(self.templates))].format(phrase)
+        weight = rng.uniform(*self.text_weight)
+        support = self._support(phrase, rng) if self.visual else None
+        return TrainingSample(image, mask, phrase, text, support, weight if support else 1.0)
+
+    def _support(self, phrase: str, rng: np.random.Generator) -> VisualPrompt | None:
+        candidates = self.dataset.by_phrase[phrase]
+        if len(candidates) < 2:
+            return None
+        image, mask = self._view(candidates[rng.integers(len(candidates))], rng)
+        return VisualPrompt(image, mask > 0) if mask.any() else None
+
+    def _view(self, i: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        dataset = self.dataset
+        image, mask = dataset._image(dataset._tasks[i]["image_id"]), dataset._mask(i)
+        if self.crop:
+            window = crop_window(mask, rng)
+            image, mask = image[window], mask[window]
+        return image, mask
+
+
+def crop_window(mask: np.ndarray, rng: np.random.Generator) -> tuple[slice, slice]:
+    """Rows and columns of a random square, its side the shorter side of `mask` (H, W), that the object fills to more
+    than 5%: the first such of 50 tries, else the fullest."""
+    height, width = mask.shape
+    side = min(height, width)
+    starts = rng.integers(0, max(height, width) - side + 1, CROP_TRIES)  # it can move along the longer side only
+    sums = np.concatenate([[0], np.cumsum(np.count_nonzero(mask, axis=0 if width > height else 1))])
+    filled = sums[starts + side] - sums[starts]
+    enough = filled > CROP_SHARE * side * side
+    start = int(starts[np.argmax(enough) if enough.any() else np.argmax(filled)])
+    moving, whole = slice(start, start + side), slice(0, side)
+    return (whole, moving) if width > height else (moving, whole)

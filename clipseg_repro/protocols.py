@@ -1,0 +1,160 @@
+"""The evaluation protocols of the paper's tables, one function each."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from clipseg_repro.errors import InputError
+from clipseg_repro.metrics import KEYS, SegmentationMetrics, bootstrap, threshold_counts
+from clipseg_repro.prompts import DEFAULT_RECIPE, VisualPrompt, interpolate
+
+SIZE_BINS = {"small": (0.0, 0.04), "medium": (0.04, 0.12), "large": (0.12, 1.01)}  # share of the image's pixels
+
+
+@dataclass
+class PhraseCutResult:
+    """Outcome of `phrasecut`. `samples`: one row per phrase (columns below); `counts` (N, 49, 4) of `threshold_counts`.
+
+    Columns of `samples`: index (in the data set), image_id, phrase, category (category, attribute or relation), area
+    (share of the image), on_target and on_others (mean probability on the prompted object and on the image's other
+    annotated objects; NaN where there are none).
+    """
+
+    prompts: str
+    samples: pd.DataFrame
+    counts: np.ndarray
+    exact: SegmentationMetrics = field(repr=False)
+
+    @property
+    def released(self) -> SegmentationMetrics:
+        return _metrics_of(self.counts)
+
+    def best(self, convention: str = "released") -> dict[str, float]:
+        """miou, iou_fg, iou_bin, ap at the threshold of the best mIoU."""
+        return getattr(self, convention).best("miou")
+
+    def selectivity(self) -> float:
+        """Mean probability on the prompted objects over that on the images' other objects."""
+        both = self.samples.dropna(subset=["on_target", "on_others"])
+        return float(both.on_target.mean() / both.on_others.mean())
+
+    def table(self, threshold: float | None = None) -> pd.DataFrame:
+        """Figures with 95% bootstrap intervals (images resampled): all phrases, per category, per object size.
+
+        `threshold` None takes the best mIoU's, over all phrases. Released convention."""
+        threshold = self.best()["threshold"] if threshold is None else threshold
+        rows = []
+        for name, chosen in self.groups().items():
+            metrics = _metrics_of(self.counts[chosen])
+            figures = metrics.at(threshold)
+            intervals = bootstrap(self.counts[chosen], self.samples.image_id.to_numpy()[chosen], threshold)
+            row = {"phrases": name, "samples": int(chosen.sum()), "threshold": threshold}
+            for key in KEYS:
+                row |= {key: figures[key], f"{key}_low": intervals[key][0], f"{key}_high": intervals[key][1]}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def groups(self) -> dict[str, np.ndarray]:
+        """Masks (N,) over the samples: all, each category of phrase, each object size."""
+        s = self.samples
+        chosen = {"all": np.ones(len(s), bool)}
+        chosen |= {f"{c} phrases": (s.category == c).to_numpy() for c in ("category", "attribute", "relation")}
+        chosen |= {f"{n} objects": s.area.between(*b, inclusive="left").to_numpy() for n, b in SIZE_BINS.items()}
+        return {name: mask for name, mask in chosen.items() if mask.any()}
+
+
+def _metrics_of(counts: np.ndarray) -> SegmentationMetrics:
+    """The metric of samples already counted, released convention."""
+    metrics = SegmentationMetrics()
+    tensor = torch.from_numpy(counts)
+    metrics.counts += tensor.sum(0)
+    metrics.samples += len(counts)
+    metrics.iou_sum += metrics._iou(tensor)[0].sum(0)
+    return metrics
+
+
+def phrasecut(
+    segmenter, dataset, prompts: str = "text", recipe: str = DEFAULT_RECIPE, weight: float = 0.5, template: str = "{}",
+    limit: int | None = None, seed: int = 0,
+) -> PhraseCutResult:  # fmt: skip
+    """Table 3 (and Table 9): every phrase of a PhraseCut split on its whole image.
+
+    `prompts`: "text" (the bare phrase, put into `template`), "visual" (another sample of the same phrase, drawn with
+    `seed`, as a visual prompt of `recipe`; phrases that occur once are left out) or "mixed" (`weight` of the visual).
+    `limit` takes the first images only.
+    """
+    if prompts not in ("text", "visual", "mixed"):
+        raise InputError(f"unknown prompts '{prompts}': choose text, visual or mixed")
+    exact = SegmentationMetrics(convention="exact")
+    rows, counts = [], []
+    images = list(dataset.by_image().items())[:limit]
+    for image_id, indices in tqdm(images, desc=f"PhraseCut, {prompts} prompts", unit="image", mininterval=1):
+        samples = {i: dataset[i] for i in indices}
+        masks = {i: sample.mask == 1 for i, sample in samples.items()}
+        asked, given = [], []
+        for i, sample in samples.items():
+            prompt = template.format(sample.phrase)
+            if prompts != "text":
+                support = dataset.visual_support(i, np.random.default_rng([seed, i]))
+                if support is None:
+                    continue
+                visual = VisualPrompt(support.image, support.mask == 1, recipe)
+                prompt = visual if prompts == "visual" else interpolate(prompt, visual, weight)
+            asked.append(i)
+            given.append(prompt)
+        if not asked:
+            continue
+        segmenter.set_image(samples[asked[0]].image)
+        objects = np.any(list(masks.values()), axis=0)
+        for i, probability in zip(asked, segmenter.predict(given), strict=True):
+            sample, mask = samples[i], masks[i]
+            others = objects & ~mask
+            counts.append(threshold_counts(probability, sample.mask).numpy())
+            exact.update(probability, sample.mask)
+            rows.append({
+                "index": i, "image_id": image_id, "phrase": sample.phrase, "category": _category(sample.info),
+                "area": float(mask.mean()), "on_target": float(probability[mask].mean()) if mask.any() else np.nan,
+                "on_others": float(probability[others].mean()) if others.any() else np.nan,
+            })  # fmt: skip
+    if not rows:
+        raise InputError("no phrase to evaluate: the split is empty or, for visual prompts, no phrase occurs twice")
+    return PhraseCutResult(prompts, pd.DataFrame(rows), np.stack(counts), exact)
+
+
+def _category(info: dict) -> str:
+    """The most specific part of a PhraseCut phrase: relation, attribute or category."""
+    structure = info["phrase_structure"]
+    if structure["relation_descriptions"]:
+        return "relation"
+    return "attribute" if structure["attributes"] else "category"
+
+
+def absent_phrases(segmenter, dataset, per_image: int = 3, limit: int | None = None, seed: int = 0) -> pd.DataFrame:
+    """Prompts for objects that are not there: the mean predicted area at t = 0.5 should be zero (section 3.3, negatives).
+
+    Draws category phrases of other images whose name, or a synonym that the data set knows, is not annotated here.
+    Columns: image_id, phrase, area (share of the image with p > 0.5), highest (largest probability).
+    """
+    names = {}
+    for i in range(len(dataset)):
+        if _category(dataset.info(i)) == "category":
+            names.setdefault(dataset.canonical(dataset.phrase(i)), dataset.phrase(i))
+    rows = []
+    images = list(dataset.by_image().items())[:limit]
+    for image_id, indices in tqdm(images, desc="PhraseCut, absent objects", unit="image", mininterval=1):
+        here = {dataset.canonical(dataset.info(i)["phrase_structure"]["name"]) for i in indices}
+        here |= {
+            dataset.canonical(other)
+            for i in indices
+            for _, other in dataset.info(i)["phrase_structure"]["relation_descriptions"]
+        }
+        absent = sorted(set(names) - here)
+        chosen = np.random.default_rng([seed, image_id]).choice(absent, min(per_image, len(absent)), replace=False)
+        segmenter.set_image(dataset[indices[0]].image)
+        for name, probability in zip(chosen, segmenter.predict([names[c] for c in chosen]), strict=True):
+            rows.append({"image_id": image_id, "phrase": names[name], "area": float((probability > 0.5).mean()),
+                         "highest": float(probability.max())})  # fmt: skip
+    return pd.DataFrame(rows)

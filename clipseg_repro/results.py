@@ -1,0 +1,149 @@
+"""Results as files: tables, figures, and provenance.json, which says where each came from."""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+from huggingface_hub import try_to_load_from_cache
+
+import clipseg_repro
+from clipseg_repro.errors import InputError
+from clipseg_repro.files import written_whole
+from clipseg_repro.models import MINI
+from clipseg_repro.scales import Scale
+
+DIGITS = 3  # decimals kept: results must come out the same on another machine
+PACKAGE = Path(clipseg_repro.__file__).parent
+
+
+def save_table(frame: pd.DataFrame, name: str, caption: str, scale: Scale) -> pd.DataFrame:
+    """Write tables/<name>.csv and .md of the scale's results folder and record their provenance.
+
+    Decimals are rounded to DIGITS; a named index becomes a column. Returns the table as written, for display.
+    """
+    if any(frame.index.names):
+        frame = frame.reset_index()
+    frame = frame.round(DIGITS)
+    path = _path(scale, "tables", name, ".csv")
+    with written_whole(path) as temporary:
+        frame.to_csv(temporary, index=False, lineterminator="\n")
+    with written_whole(path.with_suffix(".md")) as temporary:
+        temporary.write_text(_markdown(frame, caption), encoding="utf-8", newline="\n")
+    record(path, scale, caption=caption)
+    return frame
+
+
+def save_figure(figure, name: str, scale: Scale):
+    """Write figures/<name>.png of the scale's results folder: the same bytes from the same figure."""
+    path = _path(scale, "figures", name, ".png")
+    with written_whole(path) as temporary:  # metadata: without it, matplotlib's version would be in the file
+        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+    record(path, scale)
+
+
+def record(path: Path, scale: Scale, **more):
+    """Enter a file of the results folder in provenance.json, by its path there.
+
+    A file that came out byte for byte as it is recorded keeps its record: the run named there did produce it.
+    """
+    book = scale.results / "provenance.json"
+    entries = json.loads(book.read_text(encoding="utf-8")) if book.exists() else {}
+    key = Path(path).relative_to(scale.results).as_posix()
+    checksum = sha256(path)
+    known = entries.get(key, {})
+    if known.get("sha256") == checksum and {k: known.get(k) for k in more} == more:
+        return
+    entries[key] = {"sha256": checksum} | more | provenance(scale)
+    with written_whole(book) as temporary:
+        text = json.dumps(entries, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def provenance(scale: Scale) -> dict:
+    """Where a result made now comes from: code, model, data, seed, time, versions and machine."""
+    return {
+        "version": clipseg_repro.__version__,
+        "scale": scale.name,
+        "seed": scale.seed,
+        "model": {"source": scale.model, "sha256": _weights_checksum(scale.model)},
+        "data": _fingerprint(scale.phrasecut),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "machine": _machine(),
+        **_commit(),
+    }
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _path(scale, folder, name, suffix):
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+        raise InputError(f"result name '{name}': use lower-case letters, digits, '-' and '_'")
+    return scale.results / folder / f"{name}{suffix}"
+
+
+def _markdown(frame, caption):
+    def cell(value):
+        if pd.api.types.is_scalar(value) and pd.isna(value):
+            return ""
+        return f"{value:.12g}" if isinstance(value, float) else str(value).replace("|", "\\|").replace("\n", " ")
+
+    numeric = [pd.api.types.is_numeric_dtype(frame[column]) for column in frame]
+    rows = [frame.columns, ["---:" if right else ":---" for right in numeric], *frame.itertuples(index=False)]
+    lines = ["| " + " | ".join(cell(value) for value in row) + " |" for row in rows]
+    return "\n".join([caption, "", *lines]) + "\n"
+
+
+@lru_cache
+def _weights_checksum(source):
+    """SHA-256 of the model's weights file; None while a Hub model has not been fetched."""
+    if source == "mini" or Path(source).is_dir():
+        path = (MINI if source == "mini" else Path(source)) / "model.safetensors"
+    else:
+        path = try_to_load_from_cache(source, "model.safetensors")
+    return sha256(path) if isinstance(path, (str, Path)) and os.path.exists(path) else None
+
+
+@lru_cache
+def _fingerprint(folder):
+    """SHA-256 over the annotation files of a data set (its images follow from them); None if there are none."""
+    files = sorted(folder.glob("*.json"))
+    together = "".join(f"{path.name} {sha256(path)}\n" for path in files)
+    return hashlib.sha256(together.encode()).hexdigest() if files else None
+
+
+@lru_cache
+def _commit():
+    """The commit of the clone that the package runs from, and whether its files (results aside) differ from it."""
+
+    def git(*command):
+        return subprocess.run(["git", *command], cwd=PACKAGE.parent, capture_output=True, text=True, check=True).stdout
+
+    if not (PACKAGE.parent / "pyproject.toml").exists():  # installed: a repository around it is somebody else's
+        return {"commit": None, "dirty": None}
+    try:
+        changes = git("status", "--porcelain", "--", ".", ":(exclude)results")
+        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(changes)}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+
+
+def _machine():
+    try:
+        names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

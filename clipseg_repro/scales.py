@@ -1,0 +1,90 @@
+"""The one table that maps a scale to its paths and budgets. Nothing else may ask which scale it is."""
+
+import os
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from clipseg_repro.errors import InputError
+
+
+def _build_mini(root: Path, seed: int):
+    from clipseg_repro.mini.export import build  # late: only who builds the mini world needs the renderer
+
+    build(root, seed=seed)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Where a scale's model, data and results are, and what it may spend.
+
+    In SCALES the paths are relative to the data and results folders; `get_scale` gives absolute ones.
+    """
+
+    name: str
+    model: str  # what `load_segmenter` takes
+    phrasecut: Path  # the VGPhraseCut_v0 folder
+    results: Path
+    live_steps: int  # of the training run that a notebook shows live
+    seed: int = 0
+    build: Callable[[Path, int], None] | None = None  # writes VGPhraseCut_v0 into a folder; None: the user fetches it
+
+    def prepare(self):
+        """Make sure that the data are there: generate them where the scale can (idempotent, resumes after a kill).
+
+        Raises InputError where they must be fetched and are not there.
+        """
+        if self.build:
+            self.build(self.phrasecut.parent, self.seed)
+        elif not self.phrasecut.is_dir():
+            raise InputError(
+                f"no PhraseCut data in '{self.phrasecut}': fetch them as data/README.md says, "
+                "or set CLIPSEG_REPRO_DATA to the folder that holds them"
+            )
+
+
+SCALES = {
+    "mini": Scale(
+        name="mini",
+        model="mini",
+        phrasecut=Path("mini/PhraseCut/VGPhraseCut_v0"),
+        results=Path("."),
+        live_steps=150,
+        build=_build_mini,
+    ),
+    "paper": Scale(
+        name="paper",
+        model="CIDAS/clipseg-rd64-refined",
+        phrasecut=Path("PhraseCut/VGPhraseCut_v0"),
+        results=Path("paper"),
+        live_steps=1000,
+    ),
+}
+
+
+def get_scale(name: str = "mini") -> Scale:
+    """The scale of that name with absolute paths; InputError if there is none.
+
+    Data are in data/ and results in results/ of the project (see `project_root`); the environment variables
+    CLIPSEG_REPRO_DATA and CLIPSEG_REPRO_RESULTS name other folders.
+    """
+    if name not in SCALES:
+        raise InputError(f"unknown scale '{name}': choose one of {', '.join(SCALES)}")
+    scale = SCALES[name]
+    data = project_root() / os.environ.get("CLIPSEG_REPRO_DATA", "data")
+    results = project_root() / os.environ.get("CLIPSEG_REPRO_RESULTS", "results")
+    return replace(scale, phrasecut=data / scale.phrasecut, results=results / scale.results)
+
+
+def project_root() -> Path:
+    """The clone that the working folder is in (notebooks run in notebooks/), else the working folder itself."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        try:
+            project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
+        except (OSError, ValueError, KeyError):
+            continue
+        if project == "clipseg-repro":
+            return folder
+    return here

@@ -1,0 +1,138 @@
+"""The study: run the notebooks in order, headlessly, and go on where a killed run stopped."""
+
+import hashlib
+import json
+import re
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import nbformat
+from jupyter_client import AsyncKernelManager
+from nbclient.exceptions import DeadKernelError
+from tqdm.auto import tqdm
+
+from clipseg_repro.errors import InputError
+from clipseg_repro.results import PACKAGE, sha256
+from clipseg_repro.scales import Scale, get_scale, project_root
+
+
+class NotebookFailed(RuntimeError):
+    """A notebook stopped with an error. The message names notebook, cell and error."""
+
+
+def notebooks(only=()) -> list[Path]:
+    """The project's notebooks (notebooks/NN_name.ipynb) in order, or those that `only` names ("03", "03_text_prompts").
+
+    Raises InputError for a name that fits none.
+    """
+    folder = project_root() / "notebooks"
+    found = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    if not found:
+        raise InputError(f"no notebooks in '{folder}': run this inside a clone of the repository")
+    chosen = set()
+    for name in only:
+        fitting = {path for path in found if name in (path.stem, path.name, path.stem[:2])}
+        if not fitting:
+            raise InputError(f"unknown notebook '{name}': choose from {', '.join(path.stem for path in found)}")
+        chosen |= fitting
+    return sorted(chosen) or found
+
+
+def reproduce(only=(), scale: str = "mini", resume: bool = True) -> list[Path]:
+    """Run the notebooks (all, or those that `only` names) and return their executed copies.
+
+    Notebooks write tables and figures to results/ themselves; here executed copies go to results/executed and what
+    they print to results/logs. With `resume`, a notebook that has run is not run again unless it, the package or the
+    scale has changed since. Raises NotebookFailed, or InputError if results/ cannot be written.
+    """
+    chosen, scale = notebooks(only), get_scale(scale)
+    executed, logs = scale.results / "executed", scale.results / "logs"
+    try:
+        for folder in (executed, logs):
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()  # fail before the first notebook, not after it
+        scale.prepare()
+        copies = []
+        for number, path in enumerate(chosen, start=1):
+            copy, key = executed / path.name, _key(path, scale)
+            label = f"[{number}/{len(chosen)}] {path.stem}"
+            if resume and _finished(copy) == key:
+                tqdm.write(f"{label}: already done")
+            else:
+                _run(path, copy, logs / f"{path.stem}.log", scale, key, label)
+            copies.append(copy)
+    except OSError as error:
+        raise InputError(
+            f"cannot write '{error.filename or scale.results}' ({error.strerror or error}): free disk space, make the "
+            "folder writable, or set CLIPSEG_REPRO_RESULTS (results) and CLIPSEG_REPRO_DATA (data) to other folders"
+        ) from error
+    return copies
+
+
+def _run(path, copy, log, scale, key, label):
+    """Execute one notebook in its folder; its copy appears under its name only when it is complete."""
+    from papermill import execute_notebook  # slow to import
+    from papermill.exceptions import PapermillExecutionError
+
+    partial = copy.with_suffix(".partial.ipynb")
+    try:
+        with open(log, "w", encoding="utf-8") as output:
+
+            class Kernel(AsyncKernelManager):  # what the kernel says itself, as on Ctrl-C, goes to the log too
+                async def start_kernel(self, **options):
+                    return await super().start_kernel(stdout=output, stderr=output, **options)
+
+            notebook = execute_notebook(
+                path,
+                partial,
+                parameters={"SCALE": scale.name},
+                kernel_name="python3",
+                language="python",
+                kernel_manager_class=Kernel,
+                cwd=path.parent,
+                progress_bar={"desc": label},
+                stdout_file=output,
+                stderr_file=output,
+            )
+    except PapermillExecutionError as error:
+        raise NotebookFailed(
+            f"{path.name}, {_cell(path, error.source)}: {error.ename}: {error.evalue}\n"
+            f"What had run is in {partial}; mend the cause and run the same command to go on from this notebook."
+        ) from error
+    except DeadKernelError as error:
+        raise NotebookFailed(
+            f"{path.name}: its kernel died, as when memory runs out. What had run is in {partial}; "
+            "close other programs and run the same command to go on from this notebook."
+        ) from error
+    notebook.metadata["clipseg_repro"] = key
+    nbformat.write(notebook, partial)
+    partial.replace(copy)
+
+
+def _cell(path, source):
+    """The failing cell as its reader sees it: counted from 1 in the notebook as written, with its first line."""
+    first = next((line.strip() for line in source.splitlines() if line.strip()), "")
+    cells = nbformat.read(path, as_version=4).cells
+    index = next((i for i, cell in enumerate(cells, start=1) if cell.source == source), None)
+    return f"cell {index} of {len(cells)} ({first})" if index else f"the cell of parameters ({first})"
+
+
+def _key(path: Path, scale: Scale) -> str:
+    """Changes when a re-run could give something else: with the notebook's cells, the scale, or the package."""
+    cells = [(cell.cell_type, cell.source) for cell in nbformat.read(path, as_version=4).cells]
+    return hashlib.sha256(json.dumps([cells, scale.name, _package_checksum()]).encode()).hexdigest()
+
+
+@lru_cache
+def _package_checksum():
+    files = sorted(p for p in PACKAGE.rglob("*") if p.is_file() and not re.search(r"__pycache__|\.tmp$", str(p)))
+    return hashlib.sha256("".join(f"{p.relative_to(PACKAGE)} {sha256(p)}\n" for p in files).encode()).hexdigest()
+
+
+def _finished(copy):
+    """The key under which an executed copy was completed, None if there is no such copy."""
+    try:
+        return nbformat.read(copy, as_version=4).metadata.get("clipseg_repro")
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,85 @@
+"""The files around the package agree with each other and with what the package imports."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+RUNTIME = {canonicalize_name(Requirement(line).name): line for line in PROJECT["dependencies"]}
+DEV = {canonicalize_name(Requirement(line).name): line for line in PROJECT["optional-dependencies"]["dev"]}
+
+
+def test_conda_environment_lists_the_direct_dependencies():
+    lines = (ROOT / "environment.yml").read_text(encoding="utf-8").splitlines()
+    listed = [line.removeprefix("      - ") for line in lines if line.startswith("      - ")]
+    assert listed == ["--editable .[dev]", *PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
+    assert f"  - python{PROJECT['requires-python']}" in lines
+
+
+def test_requirements_pin_every_direct_dependency_within_its_range():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert all(re.fullmatch(r"[a-z0-9.-]+==[0-9a-z.]+(; .+)?", line) for line in lines), "plain name==version lines"
+    pins = {requirement.name: str(requirement.specifier)[2:] for requirement in map(Requirement, lines)}
+    assert "clipseg-repro" not in pins
+    for name, line in (RUNTIME | DEV).items():
+        assert Requirement(line).specifier.contains(pins[name]), f"{line}, pinned {pins[name]}"
+
+
+@pytest.mark.parametrize(("folder", "declared"), [("clipseg_repro", RUNTIME), ("tests", RUNTIME | DEV)])
+def test_what_is_imported_is_declared(folder, declared):
+    imported = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+    ours = {"clipseg_repro"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
+    known = packages_distributions()
+    for module in imported - ours - set(sys.stdlib_module_names):
+        names = {canonicalize_name(name) for name in known.get(module, [module])}
+        assert names & set(declared), f"{module} is imported in {folder} but not declared in pyproject.toml"
+
+
+def test_no_file_names_a_package_registry():
+    # in pieces, so that this file passes too
+    hosts = ["pypi" + ".org", "python" + "hosted.", "download.pytorch" + ".org", "anaconda" + ".org", "npmjs" + "."]
+    hosts += ["conda-forge" + ".org", "extra-index" + "-url", "--index" + "-url"]
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True)
+    if listed.returncode:
+        pytest.skip("not a git clone")
+    for name in listed.stdout.decode().split("\0"):
+        path = ROOT / name
+        if path.is_file() and b"\0" not in (content := path.read_bytes())[:8000]:
+            text = content.decode("utf-8", errors="replace")
+            assert not [host for host in hosts if host in text], f"{name} names a package registry"
+
+
+def test_citation_has_the_package_version():
+    assert f"\nversion: {PROJECT['version']}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_notebooks_install_from_the_repository():
+    """Their first cell of code is the same in all, and names the address that pyproject.toml gives."""
+    for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        first = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        assert f'REPOSITORY = "{PROJECT["urls"]["Repository"]}"' in first, path.name
+        assert any("parameters" in cell["metadata"].get("tags", []) for cell in cells), path.name
+
+
+def test_readme_lists_every_notebook():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"):
+        assert f"`{path.stem}`" in readme

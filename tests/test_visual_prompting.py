@@ -1,0 +1,98 @@
+"""Table 2's protocol, against transformers' own CLIP forward pass and hand-made data."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from clipseg_repro.errors import InputError
+from clipseg_repro.prompts import RECIPES, VisualPrompt, to_pixels
+from clipseg_repro.visual_prompting import name_probabilities, visual_prompt_gain, whole_image
+
+
+def library_probabilities(segmenter, image, names):
+    """CLIP's zero-shot classification by transformers' own forward pass."""
+    tokens = segmenter.processor.tokenizer(
+        [f"a photo of a {name}." for name in names], padding=True, return_tensors="pt"
+    )
+    pixels = to_pixels([image], segmenter.processor.image_processor)
+    with torch.no_grad():
+        output = segmenter.model.clip(pixel_values=pixels, **tokens)
+    return output.logits_per_image.softmax(-1)[0].numpy()
+
+
+class Annotated:
+    """A data set of one phrase per (image_id, image, name, mask)."""
+
+    def __init__(self, *rows):
+        self.rows = rows
+
+    def by_image(self):
+        found = {}
+        for i, (image_id, *_) in enumerate(self.rows):
+            found.setdefault(image_id, []).append(i)
+        return found
+
+    def info(self, i):
+        return {"phrase_structure": {"name": self.rows[i][2]}}
+
+    def canonical(self, name):
+        return {"hound": "dog"}.get(name, name)
+
+    def __getitem__(self, i):
+        _, image, _, mask = self.rows[i]
+        return SimpleNamespace(image=image, mask=mask.astype(np.uint8))
+
+
+@pytest.fixture
+def scene(picture, picture_mask):
+    """Image 7 has three names and a synonym, image 8 two."""
+    left, right = np.zeros_like(picture_mask), np.zeros_like(picture_mask)
+    left[:, :30], right[20:60, 100:] = True, True
+    three = [(7, picture, "cat", picture_mask), (7, picture, "dog", left), (7, picture, "hound", right)]
+    two = [(8, picture, "cat", picture_mask), (8, picture, "dog", left), (8, picture, "hound", left)]
+    return Annotated(*three, (7, picture, "tree", right), *two)
+
+
+def test_probabilities_of_the_image_itself_are_transformers(segmenter, picture):
+    names = ["cat", "dog", "red car", "house"]
+    (ours,) = name_probabilities(segmenter, [whole_image(picture)], names)
+    np.testing.assert_allclose(ours, library_probabilities(segmenter, picture, names), atol=1e-5)
+
+
+def test_a_mask_of_everything_changes_nothing(segmenter, picture):
+    idle = [r for r, recipe in RECIPES.items() if not (recipe.tint or recipe.outline)]
+    prompts = [VisualPrompt(picture, np.ones(picture.shape[:2], bool), recipe) for recipe in idle]
+    found = name_probabilities(segmenter, prompts, ["cat", "dog", "tree"])
+    np.testing.assert_allclose(found, np.broadcast_to(found[:1], found.shape), atol=1e-5)
+
+
+def test_one_row_per_image_with_three_names(segmenter, scene, picture):
+    table = visual_prompt_gain(segmenter, scene)
+    assert list(table.columns) == ["image_id", "target", "names", "original", *RECIPES]
+    (row,) = table.to_dict("records")
+    assert (row["image_id"], row["names"]) == (7, 3)
+    names = ["cat", "dog", "tree"]
+    expected = library_probabilities(segmenter, picture, names)[names.index(row["target"])]
+    assert row["original"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_name_means_all_that_is_called_so(segmenter, scene, picture):
+    recipe = "BG intensity 0%"
+    seed = next(s for s in range(20) if visual_prompt_gain(segmenter, scene, [recipe], seed=s).target[0] == "dog")
+    (row,) = visual_prompt_gain(segmenter, scene, [recipe], seed=seed).to_dict("records")
+    both = scene.rows[1][3] | scene.rows[2][3]
+    ((_, dog, _),) = name_probabilities(segmenter, [VisualPrompt(picture, both, recipe)], ["cat", "dog", "tree"])
+    assert row[recipe] == pytest.approx(dog, abs=1e-6)
+
+
+def test_same_seed_same_table(segmenter, scene):
+    first, second = (visual_prompt_gain(segmenter, scene, ["crop"], seed=3) for _ in range(2))
+    assert first.equals(second)
+
+
+def test_no_image_with_three_names(segmenter, scene):
+    scene.rows = scene.rows[4:]
+    with pytest.raises(InputError, match="3 object names"):
+        visual_prompt_gain(segmenter, scene)
