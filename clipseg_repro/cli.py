@@ -146,7 +146,8 @@ def train(
         if run not in training.experiments():  # before the data are built
             raise InputError(f"unknown run '{run}': choose one of mini-clip, {', '.join(training.experiments())}")
         chosen.prepare()
-        training.train(run, chosen.phrasecut, folder, source=source or chosen.model, iterations=steps, seed=seed)
+        budget = chosen.training | ({"iterations": steps} if steps else {})
+        training.train(run, chosen.phrasecut, folder, source=source or chosen.model, seed=seed, **budget)
     typer.echo(f"The model is in {folder / 'model'}")
 
 

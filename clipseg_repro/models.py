@@ -173,8 +173,7 @@ def embed_images(model, pixel_values, masks=None, attention=None):
         return model.clip.get_image_features(pixel_values).pooler_output
     grid = pixel_values.shape[-1] // model.config.vision_config.patch_size
     keep = torch.nn.functional.interpolate(masks[:, None].float(), (grid, grid)).flatten(1).to(pixel_values.device)
-    for hidden in _block_outputs(model, pixel_values, keep, attention):
-        pass
+    *_, hidden = _block_outputs(model, pixel_values, keep, attention)
     return model.clip.visual_projection(model.clip.vision_model.post_layernorm(hidden[:, 0]))
 
 

@@ -158,8 +158,10 @@ def bars(frame, label, ys, xlabel=None):
     """
     labels = ys if isinstance(ys, dict) else {y: y for y in ys}
     _check_columns(frame, [label, *labels], "bars")
+    names = [textwrap.fill(str(text), 46) for text in frame[label]]
     with plt.rc_context(_STYLE):
-        figure, axis = plt.subplots(figsize=(0.8 * WIDTH, 0.6 + len(frame) * (0.13 + 0.17 * len(labels))))
+        row = 0.06 + 0.17 * max([len(labels), *(name.count("\n") + 1 for name in names)])
+        figure, axis = plt.subplots(figsize=(0.85 * WIDTH, 0.6 + len(frame) * row))
         where, thick = np.arange(len(frame)), 0.8 / len(labels)
         for n, (y, name) in enumerate(labels.items()):
             place, values = where + (n - (len(labels) - 1) / 2) * thick, frame[y].to_numpy(float)
@@ -167,8 +169,8 @@ def bars(frame, label, ys, xlabel=None):
             if f"{y}_low" in frame and f"{y}_high" in frame:
                 whiskers = np.abs(np.stack([values - frame[f"{y}_low"], frame[f"{y}_high"] - values]))
                 axis.errorbar(values, place, xerr=whiskers, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-        axis.set_yticks(where, [textwrap.fill(str(text), 40) for text in frame[label]])
-        axis.invert_yaxis()
+        axis.set_yticks(where, names)
+        axis.set_ylim(len(frame) - 0.5, -0.5)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_xlabel(xlabel or "")
         axis.grid(axis="x", alpha=0.3)

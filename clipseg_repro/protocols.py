@@ -90,7 +90,7 @@ def phrasecut(
         raise InputError(f"unknown prompts '{prompts}': choose text, visual or mixed")
     exact = SegmentationMetrics(convention="exact")
     rows, counts = [], []
-    images = list(dataset.by_image().items())[:limit]
+    images = list(dataset.by_image.items())[:limit]
     for image_id, indices in tqdm(images, desc=f"PhraseCut, {prompts} prompts", unit="image", mininterval=1):
         samples = {i: dataset[i] for i in indices}
         masks = {i: sample.mask == 1 for i, sample in samples.items()}
@@ -115,7 +115,7 @@ def phrasecut(
             counts.append(threshold_counts(probability, sample.mask).numpy())
             exact.update(probability, sample.mask)
             rows.append({
-                "index": i, "image_id": image_id, "phrase": sample.phrase, "category": _category(sample.info),
+                "index": i, "image_id": image_id, "phrase": sample.phrase, "category": _category(dataset.structures[i]),
                 "area": float(mask.mean()), "on_target": float(probability[mask].mean()) if mask.any() else np.nan,
                 "on_others": float(probability[others].mean()) if others.any() else np.nan,
             })  # fmt: skip
@@ -124,9 +124,8 @@ def phrasecut(
     return PhraseCutResult(prompts, pd.DataFrame(rows), np.stack(counts), exact)
 
 
-def _category(info: dict) -> str:
+def _category(structure: dict) -> str:
     """The most specific part of a PhraseCut phrase: relation, attribute or category."""
-    structure = info["phrase_structure"]
     if structure["relation_descriptions"]:
         return "relation"
     return "attribute" if structure["attributes"] else "category"
@@ -135,26 +134,18 @@ def _category(info: dict) -> str:
 def absent_phrases(segmenter, dataset, per_image: int = 3, limit: int | None = None, seed: int = 0) -> pd.DataFrame:
     """Prompts for objects that are not there: the mean predicted area at t = 0.5 should be zero (section 3.3, negatives).
 
-    Draws category phrases of other images whose name, or a synonym that the data set knows, is not annotated here.
+    Draws names from the phrases about other images that nothing here goes by (`PhraseCut.may_show`).
     Columns: image_id, phrase, area (share of the image with p > 0.5), highest (largest probability).
     """
-    names = {}
-    for i in range(len(dataset)):
-        if _category(dataset.info(i)) == "category":
-            names.setdefault(dataset.canonical(dataset.phrase(i)), dataset.phrase(i))
+    names = sorted({structure["name"] for structure in dataset.structures})
     rows = []
-    images = list(dataset.by_image().items())[:limit]
+    images = list(dataset.by_image.items())[:limit]
     for image_id, indices in tqdm(images, desc="PhraseCut, absent objects", unit="image", mininterval=1):
-        here = {dataset.canonical(dataset.info(i)["phrase_structure"]["name"]) for i in indices}
-        here |= {
-            dataset.canonical(other)
-            for i in indices
-            for _, other in dataset.info(i)["phrase_structure"]["relation_descriptions"]
-        }
-        absent = sorted(set(names) - here)
+        absent = [name for name in names if not dataset.may_show(image_id, name)]
         chosen = np.random.default_rng([seed, image_id]).choice(absent, min(per_image, len(absent)), replace=False)
+        phrases = [str(name) for name in chosen]
         segmenter.set_image(dataset[indices[0]].image)
-        for name, probability in zip(chosen, segmenter.predict([names[c] for c in chosen]), strict=True):
-            rows.append({"image_id": image_id, "phrase": names[name], "area": float((probability > 0.5).mean()),
-                         "highest": float(probability.max())})  # fmt: skip
+        for phrase, probability in zip(phrases, segmenter.predict(phrases), strict=True):
+            area = float((probability > 0.5).mean())
+            rows.append({"image_id": image_id, "phrase": phrase, "area": area, "highest": float(probability.max())})
     return pd.DataFrame(rows)

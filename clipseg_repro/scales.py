@@ -3,7 +3,7 @@
 import os
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from clipseg_repro.errors import InputError
@@ -27,6 +27,7 @@ class Scale:
     phrasecut: Path  # the VGPhraseCut_v0 folder
     results: Path
     live_steps: int  # of the training run that a notebook shows live
+    training: dict = field(default_factory=dict)  # what this scale's budget changes in every run of experiments.yaml
     seed: int = 0
     build: Callable[[Path, int], None] | None = None  # writes VGPhraseCut_v0 into a folder; None: the user fetches it
 
@@ -51,6 +52,7 @@ SCALES = {
         phrasecut=Path("mini/PhraseCut/VGPhraseCut_v0"),
         results=Path("."),
         live_steps=150,
+        training={"iterations": 2500, "phrases_per_image": 4},
         build=_build_mini,
     ),
     "paper": Scale(

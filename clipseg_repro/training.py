@@ -99,21 +99,21 @@ def train(
     root: Path,
     folder: Path,
     source: str = "mini",
-    iterations: int | None = None,
     seed: int = 0,
-    workers: int = 1,
     validate_on: int = 100,
+    **budget,
 ):
     """Train a fresh decoder for `run` on the PhraseCut data in `root` and save the model to `folder/model`.
 
-    `source` gives CLIP (its decoder is replaced). `iterations` None takes the run's own. Progress, curve and checkpoint
-    are `loop.fit`'s, in `folder`: a killed run resumes exactly. `validate_on`: images of the val split in the curve.
+    `source` gives CLIP (its decoder is replaced). `budget` overrides settings of the run, as `Scale.training` does.
+    Progress, curve and checkpoint are `loop.fit`'s, in `folder`: a killed run resumes exactly. `validate_on`: images of
+    the val split in the curve.
     Returns the trained Segmenter. Raises InputError for an unknown run.
     """
     if run not in experiments():
         raise InputError(f"unknown run '{run}': choose one of {', '.join(experiments())}")
-    settings = experiments()[run] | {"run": run, "seed": seed}
-    settings["iterations"] = steps = iterations or settings["iterations"]
+    settings = experiments()[run] | budget | {"run": run, "seed": seed}
+    steps = settings["iterations"]
     accelerator = Accelerator(mixed_precision="bf16")
     model, processor = load_model(source)
     model = fresh_decoder(model, settings["reduce_dim"], seed).to(accelerator.device).requires_grad_(False)
@@ -129,8 +129,8 @@ def train(
 
     def batches(first: int):
         return DataLoader(
-            _Draws(data, steps * images), images, sampler=range(first * images, steps * images), num_workers=workers,
-            collate_fn=_Collate(processor.image_processor), prefetch_factor=4 if workers else None,
+            _Draws(data, steps * images), images, sampler=range(first * images, steps * images), num_workers=1,
+            collate_fn=_Collate(processor.image_processor), prefetch_factor=4,
         )  # fmt: skip
 
     def step(_: int, batch: Batch) -> dict[str, torch.Tensor]:

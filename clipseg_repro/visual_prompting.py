@@ -33,28 +33,42 @@ def name_probabilities(segmenter, prompts, names) -> np.ndarray:
 def visual_prompt_gain(segmenter, dataset, recipes=tuple(RECIPES), limit: int | None = None, seed: int = 0):
     """Table 2: CLIP's probability of an object's name before and after a recipe points at the object.
 
-    One target name per image of a PhraseCut split, drawn with `seed` among the names annotated there; its mask is the
-    union of the masks of that name's phrases. Images with fewer than three names are skipped; `limit` takes the first
-    images only. Returns a DataFrame, one row per image: image_id, target, names (how many were annotated), original,
-    and a column per recipe, in [0, 1]. Table 2's figure is the mean of `recipe - original`, in percent.
+    One target per image of a PhraseCut split, drawn with `seed` among the things named there (see `named_things`);
+    images with fewer than three are skipped. `limit` takes the first images only. Returns a DataFrame, one row per
+    image: image_id, target, names (how many), original, and a column per recipe, probabilities in [0, 1]. Table 2's
+    figure is the mean of `recipe - original`, in percent.
     """
     rows = []
-    for image_id, indices in tqdm(list(dataset.by_image().items())[:limit], desc="visual prompts", unit="image"):
-        named = {}
-        for i in indices:
-            named.setdefault(dataset.canonical(dataset.info(i)["phrase_structure"]["name"]), []).append(i)
-        if len(named) < FEWEST_NAMES:
+    for image_id, indices in tqdm(list(dataset.by_image.items())[:limit], desc="visual prompts", unit="image"):
+        things = named_things(dataset, image_id)
+        if len(things) < FEWEST_NAMES:
             continue
-        names = sorted(named)
+        names = list(things)
         target = int(np.random.default_rng([seed, image_id]).integers(len(names)))
-        samples = [dataset[i] for i in named[names[target]]]
-        image, mask = samples[0].image, np.any([sample.mask == 1 for sample in samples], axis=0)
-        if not mask.any():
-            continue
-        prompts = [whole_image(image), *(VisualPrompt(image, mask, recipe) for recipe in recipes)]
+        image = dataset[indices[0]].image
+        prompts = [whole_image(image), *(VisualPrompt(image, things[names[target]], recipe) for recipe in recipes)]
         found = name_probabilities(segmenter, prompts, names)[:, target].tolist()
         row = {"image_id": image_id, "target": names[target], "names": len(names)}
         rows.append(row | dict(zip(["original", *recipes], found, strict=True)))
     if not rows:
-        raise InputError(f"no image has {FEWEST_NAMES} object names: take another split or a larger `limit`")
+        raise InputError(f"no image has {FEWEST_NAMES} names: take another split or a larger `limit`")
     return pd.DataFrame(rows)
+
+
+def named_things(dataset, image_id: int) -> dict[str, np.ndarray]:
+    """What an image of a PhraseCut split shows, by name, in order of name: {name: (H, W) bool mask}.
+
+    A name's mask is the union of its phrases' masks. Two names with the same pixels are two words for one thing (half of
+    the smaller mask lies in the larger), which CLIP cannot be asked to tell apart: the first stands for both.
+    """
+    masks = {}
+    for i in dataset.by_image[image_id]:
+        name = dataset.structures[i]["name"]
+        masks[name] = masks.get(name, False) | (dataset[i].mask == 1)
+    things = {}
+    for name in sorted(name for name, mask in masks.items() if mask.any()):
+        mask = masks[name]
+        same = (n for n, m in things.items() if (m & mask).sum() > min(m.sum(), mask.sum()) / 2)
+        first = next(same, name)
+        things[first] = things.get(first, False) | mask
+    return things

@@ -63,8 +63,9 @@ class PhraseCut:
     (`mentions_property` for Table 8). Samples are in order of image id, then as in the file. Raises InputError on a
     missing or damaged file, and on an unknown split.
 
-    phrases: the phrase of every sample. by_phrase: phrase -> indices of its samples. supported: indices of the samples
-    whose phrase is not unique, the ones the paper tests image prompts on.
+    phrases: the phrase of every sample. structures: its `phrase_structure`. by_phrase: phrase -> indices of its samples.
+    by_image: image id -> indices of its samples. supported: indices of the samples whose phrase is not unique, the ones
+    the paper tests image prompts on.
     """
 
     def __init__(self, root: str | Path, split: str, remove: Callable[[str], bool] | None = None):
@@ -89,9 +90,13 @@ class PhraseCut:
         self._tasks = [_compact(task) for task in tasks]
         self._sizes = {i: (images[i]["height"], images[i]["width"]) for i in {t["image_id"] for t in tasks}}
         self.phrases = [task["phrase"] for task in tasks]
+        self.structures = [task["phrase_structure"] for task in tasks]
         self.by_phrase: dict[str, list[int]] = {}
-        for i, phrase in enumerate(self.phrases):
-            self.by_phrase.setdefault(phrase, []).append(i)
+        self.by_image: dict[int, list[int]] = {}
+        for i, task in enumerate(tasks):
+            self.by_phrase.setdefault(task["phrase"], []).append(i)
+            self.by_image.setdefault(task["image_id"], []).append(i)
+        self._names = self._names_by_image()
         self.supported = [i for i, phrase in enumerate(self.phrases) if len(self.by_phrase[phrase]) > 1]
 
     def __len__(self) -> int:
@@ -107,6 +112,23 @@ class PhraseCut:
         """Another sample of the same phrase, drawn uniformly; None if the phrase is unique."""
         others = [j for j in self.by_phrase[self.phrases[i]] if j != i]
         return self[others[rng.integers(len(others))]] if others else None
+
+    def may_show(self, image_id: int, name: str) -> bool:
+        """Whether something in an image goes by `name`, or by a longer name that ends in it ("car": "race car").
+
+        Known from `names.json` where the data have one (the mini world), else from the phrases about the image.
+        """
+        return any(n == name or n.endswith(f" {name}") for n in self._names[image_id])
+
+    def _names_by_image(self) -> dict[int, list[str]]:
+        if (self.folder / "names.json").exists():
+            return {int(i): names for i, names in self._read("names.json", (), dict).items()}
+        names: dict[int, list[str]] = {}
+        for i, indices in self.by_image.items():
+            said = [self.structures[j] for j in indices]
+            landmarks = [other for s in said for _, other in s["relation_descriptions"]]
+            names[i] = [s["name"] for s in said] + landmarks
+        return names
 
     def _mask(self, i: int) -> np.ndarray:
         task = self._tasks[i]
@@ -128,7 +150,7 @@ class PhraseCut:
             )
         return image
 
-    def _read(self, name: str, keys: Sequence[str]) -> list[dict]:
+    def _read(self, name: str, keys: Sequence[str], kind: type = list):
         path = self.folder / name
         remedy = "build or download it again"
         try:
@@ -139,8 +161,8 @@ class PhraseCut:
             raise InputError(f"'{path}' cannot be read ({error.strerror}): check its permissions") from None
         except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
             raise InputError(f"'{path}' is not valid JSON ({error}): {remedy}") from None
-        if not isinstance(entries, list):
-            raise InputError(f"'{path}' holds no list: {remedy}")
+        if not isinstance(entries, kind):
+            raise InputError(f"'{path}' holds no {kind.__name__}: {remedy}")
         for n, entry in enumerate(entries):
             missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
             if missing:
@@ -178,8 +200,9 @@ class TrainingSample:
 class PhraseCutPlus:
     """The training view of a PhraseCut split (paper, section 4): PC+, or PC with `negative=0, visual=False`.
 
-    Item (epoch, i) depends on nothing but seed, epoch and i, so a training run resumes exactly. Each draw crops a
-    square around the object, replaces the phrase by another with probability `negative` (the mask is empty then), puts
+    Item (epoch, i) is a list of `phrases_per_image` draws on one crop: sample i (the crop is drawn around its object),
+    then samples of the same image at random. It depends on nothing but seed, epoch and i, so a training run resumes
+    exactly. Each draw replaces the phrase by another with probability `negative` (the mask is empty then), puts
     the phrase into a template, and draws a support among the samples of the phrase, as released the query itself
     included, with a crop of its own. text_weight: range of the uniform text weight; (0, 1) in the paper, (0, 0.5) in
     the released experiment files.
@@ -193,6 +216,7 @@ class PhraseCutPlus:
         templates: Sequence[str] = TRAIN_TEMPLATES,
         crop: bool = True,
         visual: bool = True,
+        phrases_per_image: int = 1,
         seed: int = 0,
     ):
         low, high = text_weight
@@ -204,6 +228,7 @@ class PhraseCutPlus:
             raise InputError("negatives need at least two different phrases: use more data, or negative=0")
         self.dataset, self.negative, self.text_weight = dataset, negative, (low, high)
         self.templates, self.crop, self.visual, self.seed = tuple(templates), crop, visual, seed
+        self.phrases_per_image = phrases_per_image
         self._phrases = sorted(dataset.by_phrase)
 
     def __len__(self) -> int:
@@ -216,11 +241,20 @@ class PhraseCutPlus:
             self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self))
         return epoch, int(self._order[1][place])
 
-    def __getitem__(self, key: tuple[int, int]) -> TrainingSample:
+    def __getitem__(self, key: tuple[int, int]) -> list[TrainingSample]:
         epoch, i = key
         rng = np.random.default_rng([self.seed, epoch, i])
+        dataset = self.dataset
+        mask = dataset._mask(i)
+        window = crop_window(mask, rng) if self.crop else (slice(None), slice(None))
+        image_id = dataset._tasks[i]["image_id"]
+        image = dataset._image(image_id)[window]
+        more = rng.choice(dataset.by_image[image_id], self.phrases_per_image - 1)
+        masks = [mask[window], *(dataset._mask(int(j))[window] for j in more)]
+        return [self._draw(int(j), image, m, rng) for j, m in zip([i, *more], masks, strict=True)]
+
+    def _draw(self, i: int, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> TrainingSample:
         phrase = self.dataset.phrases[i]
-        image, mask = self._view(i, rng)
         if rng.random() < self.negative:
             others = len(self._phrases) - 1
             j = int(rng.integers(others))

@@ -137,7 +137,7 @@ def _chunk_path(folder: Path, split: str, first: int) -> Path:
 
 
 def _write_chunk(folder: Path, seed: int, split: str, first: int, last: int) -> int:
-    images, tasks = [], []
+    images, tasks, names = [], [], {}
     for index in range(first, last):
         scene, phrases = draw(seed, split, index)
         image_id = CODES[split] * IDS_PER_SPLIT + index
@@ -150,16 +150,20 @@ def _write_chunk(folder: Path, seed: int, split: str, first: int, last: int) -> 
             | {"url": "", "coco_id": None, "flickr_id": None}
         )
         tasks += [task(scene, phrase, image_id, n) for n, phrase in enumerate(phrases)]
-    _write_json(_chunk_path(folder, split, first), {"images": images, "tasks": tasks})
+        names[image_id] = sorted({name for thing in scene.objects for name in _names(thing.kind)})
+    _write_json(_chunk_path(folder, split, first), {"images": images, "tasks": tasks, "names": names})
     return last - first
 
 
 def _join_chunks(folder: Path, splits: dict[str, int]):
-    images = []
+    images, names = [], {}
     for split, n in splits.items():
         chunks = [json.loads(_chunk_path(folder, split, i).read_bytes()) for i in range(0, n, CHUNK)]
         images += [entry for chunk in chunks for entry in chunk["images"]]
+        for chunk in chunks:
+            names |= chunk["names"]
         _write_json(folder / f"refer_{split}.json", [entry for chunk in chunks for entry in chunk["tasks"]])
+    _write_json(folder / "names.json", names)  # of everything in an image, said or not; the official data have none
     _write_json(folder / "image_data_split3000.json", images)
 
 
@@ -225,10 +229,16 @@ def is_ambiguous(phrase: Phrase, scene: Scene) -> bool:
 
 
 @cache
+def _names(kind: int) -> frozenset[str]:
+    """Everything that an object of a kind may be called."""
+    k = load_vocabulary()[kind]
+    return frozenset(filter(None, (*k.names, k.pascal, k.coco, k.lvis)))
+
+
+@cache
 def _may_be_called(kind: int, name: str) -> bool:
     """Whether an object of a kind is also a `name`: "bird" of a duck, "car" of a race car."""
-    k = load_vocabulary()[kind]
-    return any(n == name or n.endswith(f" {name}") for n in (*k.names, k.pascal, k.coco, k.lvis))
+    return any(n == name or n.endswith(f" {name}") for n in _names(kind))
 
 
 def task(scene: Scene, phrase: Phrase, image_id: int, n: int) -> dict:

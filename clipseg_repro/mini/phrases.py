@@ -54,11 +54,7 @@ class Phrase:
 
     def describes(self, thing: SceneObject) -> bool:
         """Whether the words before the relation are true of an object."""
-        return (
-            thing.kind in self.kinds
-            and self.colour in (None, thing.colour)
-            and self.size in (None, thing.size)
-        )
+        return thing.kind in self.kinds and self.colour in (None, thing.colour) and self.size in (None, thing.size)
 
     def find(self, scene: Scene) -> list[int]:
         """Indices of the objects of a scene that the phrase means."""

