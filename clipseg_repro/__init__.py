@@ -1,12 +1,20 @@
-"""CLIPSeg (Lüddecke & Ecker, CVPR 2022), reproduced: segment images by text, by example, or by both."""
+"""A reproduction of CLIPSeg (Lüddecke & Ecker, CVPR 2022): image segmentation using text and image prompts."""
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
+from importlib.metadata import version
 
-from clipseg_repro.prompts import VisualPrompt, interpolate
-from clipseg_repro.segmenter import Segmenter, load_segmenter
-
+__version__ = version("clipseg-repro")
+_HOMES = {
+    "Segmenter": "clipseg_repro.segmenter",
+    "load_segmenter": "clipseg_repro.segmenter",
+    "VisualPrompt": "clipseg_repro.prompts",
+    "interpolate": "clipseg_repro.prompts",
+}
 __all__ = ["Segmenter", "VisualPrompt", "__version__", "interpolate", "load_segmenter"]
-try:
-    __version__ = version("clipseg-repro")
-except PackageNotFoundError:  # a source tree that is not installed
-    __version__ = "0+unknown"
+
+
+def __getattr__(name):
+    # Late: torch and transformers take seconds, and neither `--help` nor the processes that draw scenes need them.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -96,12 +96,13 @@ def fit(
 
 def plain_attention(module, query, key, value, attention_mask, scaling=None, **_):
     """Attention as two products and a softmax, in bfloat16."""
+    given = query.dtype
     with torch.autocast(query.device.type, enabled=False):
         query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
         scores = (query * scaling) @ key.transpose(-1, -2)
         if attention_mask is not None:
             scores = scores + attention_mask.to(scores.dtype)
-        return (scores.softmax(-1) @ value).transpose(1, 2), None
+        return (scores.softmax(-1) @ value).transpose(1, 2).to(given), None
 
 
 ALL_ATTENTION_FUNCTIONS.register("plain_bfloat16", plain_attention)

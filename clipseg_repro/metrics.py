@@ -79,6 +79,17 @@ class SegmentationMetrics(Metric):
         if convention == "exact":
             self.add_state("histogram", torch.zeros(3, 2 * _HALF + 1, dtype=torch.int64), dist_reduce_fx="sum")
 
+    @classmethod
+    def from_counts(cls, counts) -> "SegmentationMetrics":
+        """The metric of N samples that `threshold_counts` has counted, (N, 49, 4), in the released convention."""
+        counts = torch.as_tensor(counts)
+        metrics = cls()
+        metrics.counts += counts.sum(0)
+        metrics.samples += len(counts)
+        metrics.iou_sum += metrics._iou(counts)[0].sum(0)
+        metrics._update_count = len(counts)
+        return metrics
+
     def update(self, probabilities, target, groups=None) -> None:
         """Count a batch. Nothing is counted when any part of it is refused.
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 
 from clipseg_repro.errors import InputError
@@ -30,7 +29,7 @@ class PhraseCutResult:
 
     @property
     def released(self) -> SegmentationMetrics:
-        return _metrics_of(self.counts)
+        return SegmentationMetrics.from_counts(self.counts)
 
     def best(self, convention: str = "released") -> dict[str, float]:
         """miou, iou_fg, iou_bin, ap at the threshold of the best mIoU."""
@@ -48,7 +47,7 @@ class PhraseCutResult:
         threshold = self.best()["threshold"] if threshold is None else threshold
         rows = []
         for name, chosen in self.groups().items():
-            metrics = _metrics_of(self.counts[chosen])
+            metrics = SegmentationMetrics.from_counts(self.counts[chosen])
             figures = metrics.at(threshold)
             intervals = bootstrap(self.counts[chosen], self.samples.image_id.to_numpy()[chosen], threshold)
             row = {"phrases": name, "samples": int(chosen.sum()), "threshold": threshold}
@@ -64,16 +63,6 @@ class PhraseCutResult:
         chosen |= {f"{c} phrases": (s.category == c).to_numpy() for c in ("category", "attribute", "relation")}
         chosen |= {f"{n} objects": s.area.between(*b, inclusive="left").to_numpy() for n, b in SIZE_BINS.items()}
         return {name: mask for name, mask in chosen.items() if mask.any()}
-
-
-def _metrics_of(counts: np.ndarray) -> SegmentationMetrics:
-    """The metric of samples already counted, released convention."""
-    metrics = SegmentationMetrics()
-    tensor = torch.from_numpy(counts)
-    metrics.counts += tensor.sum(0)
-    metrics.samples += len(counts)
-    metrics.iou_sum += metrics._iou(tensor)[0].sum(0)
-    return metrics
 
 
 def phrasecut(

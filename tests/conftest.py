@@ -21,7 +21,7 @@ from clipseg_repro.segmenter import Segmenter
 WORDS = ["cat", "dog", "red", "small", "car", "tree", "something", "sit", "left", "house", "bird", "apple"]
 
 
-def tiny_processor(size=112, context=24):
+def tiny_processor(size=112, context=48):
     """A CLIPSegProcessor whose BPE is trained on a few sentences; `context` is the text tower's length."""
     trainer = trainers.BpeTrainer(
         vocab_size=400,
@@ -55,7 +55,7 @@ def tiny_config(tokenizer, **changes):
             "intermediate_size": 64,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
-            "max_position_embeddings": 24,
+            "max_position_embeddings": 48,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,

@@ -125,6 +125,18 @@ def test_visual_support_is_another_sample_of_the_phrase(official):
         assert dataset.visual_support(2, rng).info["task_id"] == "7__3"
 
 
+def test_what_an_image_may_show(official):
+    dataset = PhraseCut(official, "test")
+    assert dataset.may_show(20, "dog")
+    assert not dataset.may_show(7, "wheel")
+    (official / "names.json").write_text(json.dumps({"7": ["race car", "wheel"], "20": []}))
+    dataset = PhraseCut(official, "test")
+    assert dataset.may_show(7, "car")
+    assert dataset.may_show(7, "wheel")
+    assert not dataset.may_show(7, "race")
+    assert not dataset.may_show(20, "dog")
+
+
 # Bad input
 
 
@@ -183,7 +195,13 @@ def many(tmp_path_factory):
 @pytest.fixture(scope="module")
 def draws(many):
     plus = PhraseCutPlus(many, text_weight=(0.0, 0.5), seed=1)
-    return [(plus.key(n)[1], plus[plus.key(n)]) for n in range(1500)]
+    return [(plus.key(n)[1], draw(plus, n)) for n in range(1500)]
+
+
+def draw(plus, n):
+    """The n-th draw of a view with one phrase per image."""
+    (sample,) = plus[plus.key(n)]
+    return sample
 
 
 def is_plausible(p):
@@ -224,7 +242,7 @@ def test_supports_are_drawn_uniformly(many):
     plus = PhraseCutPlus(many, negative=0, crop=False, seed=2)
     left = Counter()  # uncropped, the square's left side tells the sample
     for n in range(1200):
-        s = plus[plus.key(n)]
+        s = draw(plus, n)
         if s.phrase == "dog":
             left[int(np.flatnonzero(s.support.mask.any(0))[0])] += 1
     assert set(left) == {13, 15, 17}
@@ -240,7 +258,7 @@ def test_text_weights(draws):
 def test_plain_phrasecut_has_text_only(many):
     plain = PhraseCutPlus(many, negative=0, visual=False)
     for n in range(50):
-        s = plain[plain.key(n)]
+        s = draw(plain, n)
         assert s.support is None
         assert s.text_weight == 1.0
         assert s.mask.any()
@@ -251,18 +269,37 @@ def test_draws_repeat_exactly(many):
     first, second = PhraseCutPlus(many, seed=5), pickle.loads(pickle.dumps(PhraseCutPlus(many, seed=5)))
     other = PhraseCutPlus(many, seed=6)
     # the second one in another order, as after a resume
-    again = {n: second[second.key(n)] for n in reversed(range(30))}
+    again = {n: draw(second, n) for n in reversed(range(30))}
     same = 0
     for n in range(30):
-        a, b = first[first.key(n)], again[n]
+        a, b = draw(first, n), again[n]
         assert (a.text, a.text_weight) == (b.text, b.text_weight)
         assert np.array_equal(a.image, b.image)
         assert np.array_equal(a.mask, b.mask)
         assert (a.support is None) == (b.support is None)
         if a.support:
             assert np.array_equal(a.support.mask, b.support.mask)
-        same += a.text == other[other.key(n)].text
+        same += a.text == draw(other, n).text
     assert same < 15
+
+
+def test_phrases_of_an_image_share_its_crop(tmp_path):
+    tasks = [(20, phrase, [[SQUARE]]) for phrase in ("cat", "dog", "owl")] + [(7, "cow", [[SQUARE]])]
+    dataset = PhraseCut(write_layout(tmp_path, tasks=tasks), "test")
+    plus = PhraseCutPlus(dataset, negative=0, phrases_per_image=4)
+    more = Counter()
+    for n in range(400):
+        epoch, i = plus.key(n)
+        samples = plus[epoch, i]
+        assert len(samples) == 4
+        assert samples[0].phrase == dataset.phrases[i]
+        assert all(s.image is samples[0].image and s.mask.shape == s.image.shape[:2] for s in samples)
+        if i:
+            more.update(s.phrase for s in samples[1:])
+        else:
+            assert {s.phrase for s in samples} == {"cow"}
+    assert set(more) == {"cat", "dog", "owl"}
+    assert is_plausible(chisquare(list(more.values())).pvalue)
 
 
 def test_an_epoch_visits_every_sample_once(many):

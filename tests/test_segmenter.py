@@ -207,7 +207,7 @@ def test_segmenter_refuses(segmenter, picture, picture_mask):
         ([], "no prompts"),
         ([""], "blank"),
         (["a cat", "  "], "blank"),
-        (["cat " * 40], r"'cat cat .*' has 42 tokens.* 24"),
+        (["cat " * 60], r"'cat cat .*' has 62 tokens.* 48"),
         (torch.zeros(2, 512), r"\(512,\).*\(48,\)"),
         ([torch.zeros(1, 48)], r"\(1, 48\)"),
         ([picture], "ndarray"),

@@ -185,7 +185,8 @@ def _compact(task: dict) -> dict:
 class TrainingSample:
     """One draw of PhraseCut+: condition = text_weight * text + (1 - text_weight) * support.
 
-    image: (S, S, 3) uint8 crop (of any shape without cropping). mask: (S, S) uint8 of 0 and 1, all 0 for a negative.
+    image: (S, S, 3) uint8 crop (of any shape without cropping). mask: (S, S) uint8 of 0 and 1, all 0 for a negative and
+    for an object that the crop leaves out.
     text: the phrase in its template. support: None if the phrase is unique; text_weight is 1 then.
     """
 

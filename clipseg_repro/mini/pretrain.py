@@ -77,8 +77,8 @@ def _rules(size: int, most: int, scale: tuple[float, float], angle: float) -> Sc
 CURRICULUM = (
     Stage(80_000, 56, _rules(56, 1, (0.75, 0.97), 5), _rules(56, 1, (0.6, 0.97), 20), details=False),
     Stage(32_000, 56, _rules(56, 1, (0.6, 0.97), 20), _rules(56, 2, (0.45, 0.9), 25)),
-    Stage(64_000, 80, _rules(80, 2, (0.4, 0.9), 25), _rules(80, 3, (0.28, 0.75), 25)),
-    Stage(24_000, 112, _rules(112, 3, (0.22, 0.7), 25), _rules(112, 5, (0.2, 0.6), 25)),
+    Stage(56_000, 80, _rules(80, 2, (0.4, 0.9), 25), _rules(80, 3, (0.28, 0.75), 25)),
+    Stage(16_000, 112, _rules(112, 3, (0.22, 0.7), 25), _rules(112, 5, (0.2, 0.6), 25)),
 )
 
 
