@@ -1,9 +1,11 @@
-# make reproduce | test | lab | setup. Needs Python >= 3.11 and make; everything goes into .venv and results/.
+# make reproduce | test | lab | notebooks | setup. Needs Python >= 3.11 and make; everything goes into .venv and results/.
 PYTHON ?= python3
 BIN := .venv/bin
 TEST_RESULTS := .cache/test-results
 
-.PHONY: setup reproduce test lab
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+.PHONY: setup reproduce test lab notebooks
 
 setup: .venv/installed
 
@@ -20,6 +22,11 @@ test: setup
 lab: setup
 	$(BIN)/clipseg-repro data build
 	$(BIN)/jupyter lab notebooks
+
+# After a change of weights or package: store the outputs that the tests hold the notebooks to.
+notebooks: setup
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
+	  --ExecutePreprocessor.timeout=1200 $(NOTEBOOKS)
 
 .venv/installed: .venv/requirements pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
