@@ -263,14 +263,16 @@ def pretrain(folder: Path, seed: int = 0, budget: float = 1.0, device: str = "cp
         images, objects, owners, phrases, sources, texts = batch
         # Every name is a candidate for every image: negatives for all, and the text tower meets each name in each step.
         phrases = phrases + list(name_phrases())
-        sources, texts = sources + [-1] * len(name_phrases()), texts + [p.text for p in name_phrases()]
+        sources, names = sources + [-1] * len(name_phrases()), [p.text for p in name_phrases()]
         true, unknown = (t.to(device) for t in truth(objects, owners, phrases, sources, len(images)))
         # Constant after a short warm-up, then linear to zero over the last 40%.
         factor = min((i + 1) / 200, 1.0, (steps - i) / (0.4 * steps))
         for key, o in optimiser.items():
             o.param_groups[0]["lr"] = rates[key] * factor
         with torch.autocast(device, torch.bfloat16):
-            tokens, words = embed_patches(clip, images.to(device)), embed_texts(clip, processor.tokenizer, texts)
+            tokens = embed_patches(clip, images.to(device))
+            # Apart, because together the short names would be padded to the longest caption.
+            words = torch.cat([embed_texts(clip, processor.tokenizer, t) for t in (texts, names)])
         whole, local = similarities(clip, tokens, words)
         losses = {"image": contrast(whole, true, unknown), "patch": contrast(local, true, unknown)}
         (losses["image"] + losses["patch"]).backward()
