@@ -52,7 +52,7 @@ SCALES = {
         phrasecut=Path("mini/PhraseCut/VGPhraseCut_v0"),
         results=Path("."),
         live_steps=150,
-        training={"iterations": 1500, "phrases_per_image": 4},
+        training={"iterations": 1000, "phrases_per_image": 4},
         build=_build_mini,
     ),
     "paper": Scale(

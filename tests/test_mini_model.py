@@ -1,0 +1,47 @@
+"""The shipped mini model: loads as transformers has it, is small, and segments what it is asked for."""
+
+import numpy as np
+import torch
+from transformers import AutoProcessor, CLIPSegForImageSegmentation
+
+from clipseg_repro import load_segmenter
+from clipseg_repro.mini.scenes import SceneRules, compose
+from clipseg_repro.mini.vocabulary import load_vocabulary
+from clipseg_repro.models import MINI
+
+RULES = SceneRules(sizes=((160, 160),), objects=(2, 2), scale=(0.35, 0.5), repeat=0.0)
+
+
+def scenes(count=24):
+    for seed in range(count):
+        scene = compose(np.random.default_rng([77, seed]), RULES)
+        yield scene, [load_vocabulary()[thing.kind].name for thing in scene.objects]
+
+
+def test_folder_is_small_and_loads_with_transformers_alone():
+    assert sum(f.stat().st_size for f in MINI.iterdir()) <= 20_000_000
+    model = CLIPSegForImageSegmentation.from_pretrained(MINI, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(MINI)
+    scene, names = next(scenes())
+    inputs = processor(text=names, images=[scene.image] * len(names), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    segmenter = load_segmenter(device="cpu")
+    segmenter.set_image(scene.image)
+    torch.testing.assert_close(segmenter.logits(names), logits, atol=1e-4, rtol=1e-5)
+
+
+def test_a_word_lights_up_its_object_more_than_the_other_one_and_the_background():
+    segmenter = load_segmenter(device="cpu")
+    found = []
+    for scene, names in scenes():
+        segmenter.set_image(scene.image)
+        maps = segmenter.predict(names)
+        for i, thing in enumerate(scene.objects):
+            rest = np.any([o.mask for j, o in enumerate(scene.objects) if j != i], axis=0)
+            elsewhere = ~thing.mask & ~rest
+            on, other, off = (maps[i][m].mean() for m in (thing.mask, rest, elsewhere))
+            found.append((on > other, on > off))
+    more_than_other, more_than_background = np.mean(found, axis=0)
+    assert more_than_other > 0.7  # chance: 0.5
+    assert more_than_background > 0.9
