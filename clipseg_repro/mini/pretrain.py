@@ -83,7 +83,7 @@ CURRICULUM = (
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-pair tokenizer, trained on the mini world's words (deterministic)."""
+    """CLIP's byte-pair tokenizer, trained on the mini world's words."""
     corpus = [template.format(text) for text in tokenizer_corpus() for template in ("{}", *TRAIN_TEMPLATES)]
     tokenizer = CLIPTokenizer().train_new_from_iterator(corpus, vocab_size=2000)
     tokenizer.model_max_length = 32
@@ -246,7 +246,10 @@ def pretrain(folder: Path, seed: int = 0, budget: float = 1.0, device: str = "cp
     `budget` scales the number of images of every stage (1.0: about 40 minutes on one core). Resumes exactly.
     """
     torch.manual_seed(seed)
-    processor = build_processor()
+    stored = Path(folder) / "processor"  # kept: the trainer of the tokenizer breaks ties differently in every process
+    if not (stored / "tokenizer.json").exists():
+        build_processor().save_pretrained(stored)
+    processor = CLIPSegProcessor.from_pretrained(stored)
     model = build_model(processor.tokenizer).to(device)
     clip = model.clip
     curriculum = tuple(replace(s, images=max(1, round(s.images * budget / BATCH)) * BATCH) for s in CURRICULUM)
@@ -288,7 +291,7 @@ def pretrain(folder: Path, seed: int = 0, budget: float = 1.0, device: str = "cp
             validate=lambda: probe(model, processor), every=max(1, min(500, steps // 4)),
         )  # fmt: skip
     model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+    CLIPSegProcessor.from_pretrained(stored).save_pretrained(folder / "model")  # tokenizing left truncation in the other
     return model
 
 
