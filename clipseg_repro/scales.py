@@ -51,7 +51,7 @@ SCALES = {
         model="mini",
         phrasecut=Path("mini/PhraseCut/VGPhraseCut_v0"),
         results=Path("."),
-        live_steps=150,
+        live_steps=50,
         training={"iterations": 1000, "phrases_per_image": 4},
         build=_build_mini,
     ),
