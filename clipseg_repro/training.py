@@ -88,7 +88,7 @@ def conditions(model, processor, batch: Batch) -> torch.Tensor:
     text = embed_texts(model, processor, batch.texts).float()
     visual = text.clone()
     if len(batch.supported):
-        embedded = embed_images(model, batch.supports.to(model.device)).float()
+        embedded = embed_images(model, batch.supports.to(model.device, model.dtype)).float()
         visual[batch.supported.to(model.device)] = embedded
     weights = batch.weights.to(model.device)[:, None]
     return weights * text + (1 - weights) * visual
@@ -115,6 +115,8 @@ def train(
     settings = experiments()[run] | budget | {"run": run, "seed": seed}
     steps = settings["iterations"]
     accelerator = Accelerator(mixed_precision="bf16")
+    frozen, _ = load_model(source)  # what no gradient reaches, at half precision
+    frozen.to(accelerator.device, torch.bfloat16)
     model, processor = load_model(source)
     model = fresh_decoder(model, settings["reduce_dim"], seed).to(accelerator.device).requires_grad_(False)
     model.decoder.requires_grad_(True).train()
@@ -134,10 +136,10 @@ def train(
         )  # fmt: skip
 
     def step(_: int, batch: Batch) -> dict[str, torch.Tensor]:
+        activations = encode(frozen, batch.pixels.to(accelerator.device, torch.bfloat16))
+        condition = conditions(frozen, processor, batch)
+        rows = batch.rows.to(accelerator.device)
         with accelerator.autocast():
-            activations = encode(model, batch.pixels.to(accelerator.device))
-            condition = conditions(model, processor, batch)
-            rows = batch.rows.to(accelerator.device)
             logits = decode(model, [a[rows] for a in activations], condition)
         loss = F.binary_cross_entropy_with_logits(logits.float(), batch.masks.to(accelerator.device))
         accelerator.backward(loss)
@@ -146,7 +148,7 @@ def train(
         optimiser.zero_grad(set_to_none=True)
         return {"loss": loss}
 
-    with fast_attention(model):
+    with fast_attention(model.decoder):
         fit(
             run, Path(folder), batches, step, steps,
             {"decoder": model.decoder, "optimiser": optimiser, "schedule": schedule},

@@ -33,6 +33,7 @@ from clipseg_repro.mini.phrases import (
 )
 from clipseg_repro.mini.scenes import SceneRules, compose
 from clipseg_repro.mini.vocabulary import load_vocabulary
+from clipseg_repro.models import encode
 from clipseg_repro.prompts import TRAIN_TEMPLATES
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -42,16 +43,18 @@ POOLING = 10.0  # sharpness of the soft maximum over patches: cosines that diffe
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of the curriculum: `images` scenes of `size` pixels; rules run linearly from `first` to `last`.
+    """A stretch of the curriculum: `scenes` scenes of `size` pixels; rules run linearly from `first` to `last`.
 
-    `details` adds attributes, relations and the properties of Table 8 to the captions' names.
+    `tiles`: an image is a mosaic of tiles x tiles scenes, each with its own captions. `words`: what captions say, "names"
+    (canonical ones), "synonyms" (these too) or "phrases" (also attributes, relations and the properties of Table 8).
     """
 
-    images: int
+    scenes: int
     size: int
     first: SceneRules
     last: SceneRules
-    details: bool = True
+    tiles: int = 1
+    words: str = "phrases"
 
     def rules(self, progress: float) -> SceneRules:
         def mix(a, b):
@@ -63,22 +66,32 @@ class Stage:
             objects=(1, round(mix(a.objects[1], b.objects[1]))),
             scale=(mix(a.scale[0], b.scale[0]), mix(a.scale[1], b.scale[1])),
             max_angle=mix(a.max_angle, b.max_angle),
+            recolour=mix(a.recolour, b.recolour),
         )
 
+    def candidates(self) -> tuple[Phrase, ...]:
+        """Names that every scene of the stage is compared with."""
+        names = name_phrases()
+        if self.words == "names":
+            return tuple(p for p in names if p.text in {kind.name for kind in load_vocabulary()})
+        return names
 
-def _rules(size: int, most: int, scale: tuple[float, float], angle: float) -> SceneRules:
+
+def _rules(size: int, most: int, scale: tuple[float, float], angle: float, recolour: float = 0.6) -> SceneRules:
     wide = round(size * 1.2)
     return SceneRules(
-        sizes=((size, size), (size, size), (size, wide), (wide, size)), objects=(1, most), scale=scale, max_angle=angle
-    )
+        sizes=((size, size), (size, size), (size, wide), (wide, size)), objects=(1, most), scale=scale,
+        max_angle=angle, recolour=recolour,
+    )  # fmt: skip
 
 
-# About 40 minutes on one core. Names first: captions with details before the towers agree on names slow everything down.
+# One name per object in its own colours first: with synonyms and colours the towers take several times longer to meet.
+# Mosaics then tie words to places.
 CURRICULUM = (
-    Stage(80_000, 56, _rules(56, 1, (0.75, 0.97), 5), _rules(56, 1, (0.6, 0.97), 20), details=False),
-    Stage(32_000, 56, _rules(56, 1, (0.6, 0.97), 20), _rules(56, 2, (0.45, 0.9), 25)),
-    Stage(56_000, 80, _rules(80, 2, (0.4, 0.9), 25), _rules(80, 3, (0.28, 0.75), 25)),
-    Stage(16_000, 112, _rules(112, 3, (0.22, 0.7), 25), _rules(112, 5, (0.2, 0.6), 25)),
+    Stage(64_000, 56, _rules(56, 1, (0.75, 0.97), 5, 0.0), _rules(56, 1, (0.6, 0.97), 20, 0.0), words="names"),
+    Stage(80_000, 56, _rules(56, 1, (0.6, 0.97), 20, 0.0), _rules(56, 2, (0.4, 0.9), 25), tiles=2, words="synonyms"),
+    Stage(64_000, 56, _rules(56, 2, (0.4, 0.9), 25), _rules(56, 2, (0.35, 0.9), 25), tiles=2),
+    Stage(40_000, 112, _rules(112, 3, (0.22, 0.7), 25), _rules(112, 5, (0.2, 0.6), 25)),
 )
 
 
@@ -110,7 +123,7 @@ def build_model(tokenizer: CLIPTokenizer) -> CLIPSegForImageSegmentation:
             pad_token_id=tokenizer.pad_token_id,
         ),
         projection_dim=128, extract_layers=[1, 3, 5], reduce_dim=64, decoder_num_attention_heads=4,
-        decoder_intermediate_size=2048,
+        decoder_intermediate_size=512,
     )  # fmt: skip
     return CLIPSegForImageSegmentation(config)
 
@@ -122,19 +135,23 @@ class CaptionedScenes(Dataset):
         self.curriculum, self.seed = curriculum, seed
 
     def __len__(self) -> int:
-        return sum(stage.images for stage in self.curriculum)
+        return sum(stage.scenes for stage in self.curriculum)
+
+    def stage(self, i: int) -> tuple[Stage, float]:
+        """The stage of scene i and how far it has come, in [0, 1)."""
+        for stage in self.curriculum:
+            if i < stage.scenes:
+                return stage, i / stage.scenes
+            i -= stage.scenes
+        raise IndexError(i)
 
     def __getitem__(self, i: int):
         rng = np.random.default_rng([self.seed, i])
-        start = 0
-        for stage in self.curriculum:
-            if i < start + stage.images:
-                break
-            start += stage.images
-        scene = compose(rng, stage.rules((i - start) / stage.images))
+        stage, progress = self.stage(i)
+        scene = compose(rng, stage.rules(progress))
         image = cv2.resize(scene.image, (stage.size, stage.size), interpolation=cv2.INTER_AREA)
-        phrases = [p for j in range(len(scene.objects)) for p in self._captions(rng, scene, j, stage.details)]
-        templated = rng.random(len(phrases)) < (0.5 if stage.details else 0.0)
+        phrases = [p for j in range(len(scene.objects)) for p in self._captions(rng, scene, j, stage.words)]
+        templated = rng.random(len(phrases)) < (0.5 if stage.words == "phrases" else 0.0)
         texts = [
             TRAIN_TEMPLATES[rng.integers(len(TRAIN_TEMPLATES))].format(p.text) if t else p.text
             for p, t in zip(phrases, templated, strict=True)
@@ -143,9 +160,9 @@ class CaptionedScenes(Dataset):
         return image, np.array(objects, np.int64).reshape(-1, 3), phrases, texts
 
     @staticmethod
-    def _captions(rng, scene, index: int, details: bool) -> list[Phrase]:
-        chosen = [describe(rng, scene, index, "category")]
-        if not details:
+    def _captions(rng, scene, index: int, words: str) -> list[Phrase]:
+        chosen = [describe(rng, scene, index, "category", canonical=1.0 if words == "names" else 0.7)]
+        if words != "phrases":
             return chosen
         if rng.random() < 0.6:
             chosen.append(describe(rng, scene, index, "attribute"))
@@ -166,10 +183,31 @@ def _code(value: str | None, codes: dict[str, int]) -> int:
     return codes[value] if value else 0
 
 
+def _normalised(images: list[np.ndarray]) -> torch.Tensor:
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+    return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def fresh_scenes(rules: SceneRules, size: int, scenes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalised scenes (N, 3, S, S) that no stage shows, and the kind of each 8-pixel patch (N, patches).
+
+    A patch less than 70% inside an object has kind -1.
+    """
+    images, labels = [], []
+    for i in range(scenes):
+        scene = compose(np.random.default_rng([987, i]), rules)
+        images.append(cv2.resize(scene.image, (size, size), interpolation=cv2.INTER_AREA))
+        grid = np.full((size // 8, size // 8), -1)
+        for thing in scene.objects:
+            share = cv2.resize(thing.mask.astype(np.float32), grid.shape, interpolation=cv2.INTER_AREA)
+            grid[share > 0.7] = thing.kind
+        labels.append(grid)
+    return _normalised(images), torch.from_numpy(np.stack(labels)).flatten(1)
+
+
 def collate(items: list) -> tuple[torch.Tensor, np.ndarray, np.ndarray, list[Phrase], list[int], list[str]]:
     """Images (B, 3, S, S) normalised, objects (N, 3), their images (N,), phrases (P), their images (P), texts (P)."""
-    images = torch.from_numpy(np.stack([item[0] for item in items])).permute(0, 3, 1, 2).float() / 255
-    images = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    images = _normalised([item[0] for item in items])
     objects = np.concatenate([item[1] for item in items])
     owners = np.concatenate([np.full(len(item[1]), b) for b, item in enumerate(items)])
     phrases = [p for item in items for p in item[2]]
@@ -222,12 +260,20 @@ def embed_texts(clip, tokenizer, texts: list[str]) -> torch.Tensor:
     return F.normalize(clip.get_text_features(**tokens).pooler_output.float(), dim=-1)
 
 
-def similarities(clip, tokens: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled similarities (B, P) of images and texts: by image embedding, and by the soft maximum over patches."""
+def mosaic(scenes: torch.Tensor, tiles: int) -> torch.Tensor:
+    """Images (B, 3, tiles * S, tiles * S) of scenes (B * tiles * tiles, 3, S, S), in reading order."""
+    rows = scenes.unflatten(0, (-1, tiles, tiles))
+    return rows.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def similarities(clip, tokens: torch.Tensor, texts: torch.Tensor, tiles: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled similarities of texts with images by image embedding (B, P), and with the scenes of each image's mosaic by
+    the soft maximum over their patches (B * tiles * tiles, P)."""
     scale = clip.logit_scale.clamp(max=4.6).exp()
-    cosines = tokens[:, 1:] @ texts.T
-    pooled = (torch.logsumexp(cosines * POOLING, 1) - np.log(cosines.shape[1])) / POOLING
-    return scale * tokens[:, 0] @ texts.T, scale * pooled
+    side = round((tokens.shape[1] - 1) ** 0.5) // tiles
+    cosines = (tokens[:, 1:] @ texts.T).unflatten(1, (tiles, side, tiles, side))
+    pooled = torch.logsumexp(cosines * POOLING, (2, 4)).flatten(0, 2) - np.log(side * side)
+    return scale * tokens[:, 0] @ texts.T, scale * pooled / POOLING
 
 
 def optimisers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
@@ -252,7 +298,7 @@ def pretrain(folder: Path, seed: int = 0, budget: float = 1.0, device: str = "cp
     processor = CLIPSegProcessor.from_pretrained(stored)
     model = build_model(processor.tokenizer).to(device)
     clip = model.clip
-    curriculum = tuple(replace(s, images=max(1, round(s.images * budget / BATCH)) * BATCH) for s in CURRICULUM)
+    curriculum = tuple(replace(s, scenes=max(1, round(s.scenes * budget / BATCH)) * BATCH) for s in CURRICULUM)
     scenes = CaptionedScenes(curriculum, seed)
     steps = len(scenes) // BATCH
     optimiser = optimisers(clip)
@@ -263,21 +309,24 @@ def pretrain(folder: Path, seed: int = 0, budget: float = 1.0, device: str = "cp
         return DataLoader(scenes, BATCH, sampler=order, collate_fn=collate, num_workers=1, prefetch_factor=8)
 
     def step(i: int, batch) -> dict[str, torch.Tensor]:
-        images, objects, owners, phrases, sources, texts = batch
-        # Every name is a candidate for every image: negatives for all, and the text tower meets each name in each step.
-        phrases = phrases + list(name_phrases())
-        sources, names = sources + [-1] * len(name_phrases()), [p.text for p in name_phrases()]
-        true, unknown = (t.to(device) for t in truth(objects, owners, phrases, sources, len(images)))
+        pixels, objects, owners, phrases, sources, texts = batch
+        stage, _ = scenes.stage(i * BATCH)
+        # Every name is a candidate for every scene: negatives for all, and the text tower meets each name in each step.
+        names = stage.candidates()
+        true, unknown = truth(objects, owners, phrases + list(names), sources + [-1] * len(names), len(pixels))
+        true, unknown = true.to(device), unknown.to(device)
         # Constant after a short warm-up, then linear to zero over the last 40%.
-        factor = min((i + 1) / 200, 1.0, (steps - i) / (0.4 * steps))
+        factor = min((i + 1) / 50, 1.0, (steps - i) / (0.4 * steps))
         for key, o in optimiser.items():
             o.param_groups[0]["lr"] = rates[key] * factor
         with torch.autocast(device, torch.bfloat16):
-            tokens = embed_patches(clip, images.to(device))
+            tokens = embed_patches(clip, mosaic(pixels.to(device), stage.tiles))
             # Apart, because together the short names would be padded to the longest caption.
-            words = torch.cat([embed_texts(clip, processor.tokenizer, t) for t in (texts, names)])
-        whole, local = similarities(clip, tokens, words)
-        losses = {"image": contrast(whole, true, unknown), "patch": contrast(local, true, unknown)}
+            words = [embed_texts(clip, processor.tokenizer, t) for t in (texts, [p.text for p in names])]
+        whole, local = similarities(clip, tokens, torch.cat(words), stage.tiles)
+        # A phrase is true of an image if it is true of one of its scenes.
+        either, unsure = (t.unflatten(0, (len(whole), -1)).any(1) for t in (true, unknown))
+        losses = {"image": contrast(whole, either, unsure & ~either), "patch": contrast(local, true, unknown)}
         (losses["image"] + losses["patch"]).backward()
         for o in optimiser.values():
             o.step()
@@ -290,9 +339,27 @@ def pretrain(folder: Path, seed: int = 0, budget: float = 1.0, device: str = "cp
             "mini CLIP", folder, batches, step, steps, {"model": model, **optimiser}, settings,
             validate=lambda: probe(model, processor), every=max(1, min(500, steps // 4)),
         )  # fmt: skip
+    rescale(model, fresh_scenes(CURRICULUM[-1].last, CURRICULUM[-1].size, 64)[0].to(device))
     model.save_pretrained(folder / "model")
-    CLIPSegProcessor.from_pretrained(stored).save_pretrained(folder / "model")  # tokenizing left truncation in the other
+    CLIPSegProcessor.from_pretrained(stored).save_pretrained(
+        folder / "model"
+    )  # tokenizing left truncation in the other
     return model
+
+
+@torch.no_grad()
+def rescale(model: CLIPSegForImageSegmentation, pixel_values: torch.Tensor):
+    """Scale the vision tower's residual stream so that its deepest activations have unit variance on `pixel_values`.
+
+    Every block reads the stream through a layer norm, so CLIP's embeddings stay as they are; but Muon lets the stream grow
+    to tens of units, and a decoder that reads it with fresh weights would drown in it.
+    """
+    *_, deepest = encode(model, pixel_values)
+    vision, factor = model.clip.vision_model, 1 / deepest.std()
+    writers = [w for block in vision.encoder.layers for w in (block.self_attn.out_proj, block.mlp.fc2)]
+    for module in (vision.pre_layrnorm, *writers):
+        module.weight.mul_(factor)
+        module.bias.mul_(factor)
 
 
 @torch.inference_mode()
@@ -309,20 +376,9 @@ def probe(model: CLIPSegForImageSegmentation, processor: CLIPSegProcessor, scene
     size = CURRICULUM[-1].size
     result = {}
     for key, rules in {"top1": _rules(size, 1, (0.5, 0.8), 25), "patch_top1": CURRICULUM[-1].last}.items():
-        images, labels = [], []
-        for i in range(scenes):
-            scene = compose(np.random.default_rng([987, i]), rules)
-            images.append(cv2.resize(scene.image, (size, size), interpolation=cv2.INTER_AREA))
-            grid = np.full((size // 8, size // 8), -1)
-            for thing in scene.objects:
-                share = cv2.resize(thing.mask.astype(np.float32), grid.shape, interpolation=cv2.INTER_AREA)
-                grid[share > 0.7] = thing.kind
-            labels.append(grid)
-        labels = torch.from_numpy(np.stack(labels)).flatten(1)
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN).view(3, 1, 1)
-        pixels = (pixels / torch.tensor(STD).view(3, 1, 1)).to(device)
+        pixels, labels = fresh_scenes(rules, size, scenes)
         with torch.autocast(device.type, torch.bfloat16):
-            tokens = torch.cat([embed_patches(clip, part) for part in pixels.split(64)]).cpu()
+            tokens = torch.cat([embed_patches(clip, part) for part in pixels.to(device).split(64)]).cpu()
         if key == "top1":
             kinds = labels.amax(1)
             guess = (tokens[:, 0] @ names.T).argmax(-1)
