@@ -52,7 +52,7 @@ SCALES = {
         phrasecut=Path("mini/PhraseCut/VGPhraseCut_v0"),
         results=Path("."),
         live_steps=50,
-        training={"iterations": 1000, "phrases_per_image": 4},
+        training={"iterations": 4000, "phrases_per_image": 4, "film": "aligned"},
         build=_build_mini,
     ),
     "paper": Scale(

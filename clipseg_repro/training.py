@@ -20,6 +20,8 @@ from clipseg_repro.models import decode, embed_images, embed_texts, encode, load
 from clipseg_repro.prompts import prepare, to_pixels
 from clipseg_repro.segmenter import Segmenter
 
+ALIGN_ON = 64  # training images that `align_film` looks at
+
 
 @cache
 def experiments() -> dict[str, dict]:
@@ -128,11 +130,16 @@ def train(
     optimiser = torch.optim.AdamW(model.decoder.parameters(), lr=settings["learning_rate"])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, settings["final_learning_rate"])
     images = settings["batch"] // settings["phrases_per_image"]
+    draws, collate = _Draws(data, steps * images), _Collate(processor.image_processor)
+    if settings["film"] == "aligned":
+        batch = collate([draws[n] for n in range(ALIGN_ON)])
+        *_, deepest = encode(model, batch.pixels.to(accelerator.device))
+        align_film(model, deepest, embed_texts(model, processor, batch.texts))
 
     def batches(first: int):
         return DataLoader(
-            _Draws(data, steps * images), images, sampler=range(first * images, steps * images), num_workers=1,
-            collate_fn=_Collate(processor.image_processor), prefetch_factor=4,
+            draws, images, sampler=range(first * images, steps * images), num_workers=1, collate_fn=collate,
+            prefetch_factor=4,
         )  # fmt: skip
 
     def step(_: int, batch: Batch) -> dict[str, torch.Tensor]:
@@ -165,6 +172,32 @@ def fresh_decoder(model, reduce_dim: int, seed: int):
     model.config.reduce_dim = reduce_dim
     model.decoder = type(model.decoder)(model.config)
     return model
+
+
+@torch.no_grad()
+def align_film(model, activations: torch.Tensor, texts: torch.Tensor):
+    """Start the decoder's first step at what CLIP itself does: compare every patch with the condition.
+
+    `reduces[0]` and `film_mul` become the same D of CLIP's P joint dimensions (those in which `texts` (N, P) differ most,
+    rotated at random), seen from the deepest `activations` (B, N, hidden) and from the condition; their products add up to
+    the similarity. Nothing else changes. From random weights a decoder first learns, for thousands of steps, to mark any
+    object whatever the prompt.
+    """
+    decoder, clip = model.decoder, model.clip
+    width = model.config.reduce_dim
+    directions = torch.linalg.svd(texts - texts.mean(0), full_matrices=False).Vh[:width].cpu()
+    chosen = torch.linalg.qr(torch.randn(width, len(directions))).Q @ directions
+    # The decoder's layer norm takes the mean over channels out: with signs, the sum of the products stays in.
+    signs = torch.randint(2, (width, 1)) * 2.0 - 1
+    seen = chosen @ clip.visual_projection.weight.cpu() @ torch.diag(clip.vision_model.post_layernorm.weight.cpu())
+    ends = {decoder.reduces[0]: (seen, activations.flatten(0, 1)), decoder.film_mul: (signs * chosen, texts)}
+    for linear, (weight, inputs) in ends.items():
+        weight = weight.to(inputs.device)
+        weight = weight / (inputs @ weight.T).std(0).mean()  # outputs of zero mean and unit variance
+        linear.weight.copy_(weight)
+        linear.bias.copy_(-weight @ inputs.mean(0))
+    for parameter in decoder.film_add.parameters():
+        parameter.zero_()
 
 
 @torch.no_grad()

@@ -100,7 +100,13 @@ def test_train_passes_on_the_scale_and_the_budget(run, files, monkeypatch):
     monkeypatch.setattr("clipseg_repro.training.train", lambda *a, **k: given.update(arguments=a, **k))
     assert run("train", "clipseg-pc", "--steps", 5, "--seed", 3).exit_code == 0
     folders = (files / "data/mini/PhraseCut/VGPhraseCut_v0", files / "results/training/clipseg-pc")
-    assert given == {"arguments": ("clipseg-pc", *folders), "source": "mini", "phrases_per_image": 4, "iterations": 5, "seed": 3}
+    assert given == {
+        "arguments": ("clipseg-pc", *folders),
+        "source": "mini",
+        "phrases_per_image": 4,
+        "iterations": 5,
+        "seed": 3,
+    }
 
 
 @pytest.mark.parametrize("command", [["data", "build"], ["train", "clipseg-pc+"], ["reproduce"]])

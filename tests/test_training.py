@@ -9,9 +9,10 @@ from clipseg_repro.errors import InputError
 from clipseg_repro.loop import fast_attention, fit
 from clipseg_repro.mini import pretrain as mini
 from clipseg_repro.mini.export import build
+from clipseg_repro.models import embed_images, encode, load_model
 from clipseg_repro.protocols import absent_phrases, phrasecut
 from clipseg_repro.segmenter import load_segmenter
-from clipseg_repro.training import experiments, train
+from clipseg_repro.training import align_film, experiments, fresh_decoder, train
 
 
 class Killed(Exception):
@@ -114,6 +115,34 @@ def test_decoder_training_resumes_exactly_and_leaves_clip_alone(tiny_folder, dat
     assert not torch.equal(decoder(tmp_path / "whole" / "model"), decoder(tiny_folder))
 
 
+def test_aligned_film_starts_at_clips_own_similarity(tiny_folder):
+    """The tiny model's joint space (48) fits the decoder (64) whole, so the signed sum of products is the similarity."""
+    model = fresh_decoder(load_model(str(tiny_folder))[0], 64, seed=0)
+    activations, texts = torch.randn(5, 7, 64) + 1, torch.randn(90, 48) - 2
+    align_film(model, activations, texts)
+    decoder, clip = model.decoder, model.clip
+    shape = clip.visual_projection.weight * clip.vision_model.post_layernorm.weight
+    seen, asked = (activations - activations.mean((0, 1))) @ shape.T, texts - texts.mean(0)
+    signs = ((decoder.film_mul.weight @ shape) * decoder.reduces[0].weight).sum(1).sign()
+    with torch.no_grad():
+        patches, conditions = decoder.reduces[0](activations).flatten(0, 1), decoder.film_mul(texts) * signs
+        found, similarity = patches @ conditions.T, seen.flatten(0, 1) @ asked.T
+        assert np.corrcoef(found.flatten(), similarity.flatten())[0, 1] > 0.9999
+        assert torch.equal(decoder.film_add(texts), torch.zeros(90, 64))
+
+
+def test_rescaling_leaves_clip_as_it_is(tiny_folder):
+    model, _ = load_model(str(tiny_folder))
+    pixels = torch.randn(3, 3, 112, 112)
+    *_, before = encode(model, pixels)
+    embedded = embed_images(model, pixels)
+    mini.rescale(model, pixels)
+    *_, after = encode(model, pixels)
+    assert after.std().item() == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(after, before / before.std(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(embed_images(model, pixels), embedded, atol=2e-3, rtol=1e-3)  # layer norm's epsilon
+
+
 def test_unknown_run_is_named(data, tmp_path):
     with pytest.raises(InputError, match="unknown run 'clipseg-pcx'"):
         train("clipseg-pcx", data, tmp_path)
@@ -123,7 +152,7 @@ def test_pretraining_runs_and_saves_a_loadable_folder(tmp_path):
     mini.pretrain(tmp_path, budget=1e-6)  # one batch of every stage
     segmenter = load_segmenter(str(tmp_path / "model"))
     assert segmenter.model.config.vision_config.patch_size == 8
-    assert (tmp_path / "curve.csv").read_text().startswith("step,image,patch,top1,patch_top1")
+    assert (tmp_path / "curve.csv").read_text().startswith("step,image,patch,top1,patch_top1,seconds,cycle")
 
 
 def test_truth_by_hand():

@@ -86,20 +86,15 @@ def general_phrases() -> tuple[Phrase, ...]:
     return tuple(phrases)
 
 
-def _name(rng: np.random.Generator, kind: int, canonical: float) -> str:
+def _name(rng: np.random.Generator, kind: int, canonical: float = 0.7) -> str:
     names = load_vocabulary()[kind].names
     return names[0] if len(names) == 1 or rng.random() < canonical else names[rng.integers(1, len(names))]
 
 
-def describe(
-    rng: np.random.Generator, scene: Scene, index: int, category: str, canonical: float = 0.7
-) -> Phrase | None:
-    """A random phrase of one category that is true of object `index`, or None where there is none to say.
-
-    `canonical`: the probability that the object goes by its first name rather than a synonym.
-    """
+def describe(rng: np.random.Generator, scene: Scene, index: int, category: str) -> Phrase | None:
+    """A random phrase of one category that is true of object `index`, or None where there is none to say."""
     thing = scene.objects[index]
-    name = _name(rng, thing.kind, canonical)
+    name = _name(rng, thing.kind)
     kinds = frozenset([thing.kind])
     if category == "category":
         return Phrase(name, kinds, name)
@@ -118,7 +113,7 @@ def describe(
     if not options:
         return None
     relation, other = options[rng.integers(len(options))]
-    other_name = _name(rng, other, canonical)
+    other_name = _name(rng, other)
     text = f"{name} {relation} the {other_name}"
     return Phrase(text, kinds, name, None, None, relation, frozenset([other]), other_name)
 

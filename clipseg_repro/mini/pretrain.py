@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -23,6 +24,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from clipseg_repro.files import written_whole
 from clipseg_repro.loop import fast_attention, fit
 from clipseg_repro.mini.phrases import (
     Phrase,
@@ -37,24 +39,21 @@ from clipseg_repro.models import encode
 from clipseg_repro.prompts import TRAIN_TEMPLATES
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BATCH = 64
 POOLING = 10.0  # sharpness of the soft maximum over patches: cosines that differ by 0.1 weigh 1 : e
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of the curriculum: `scenes` scenes of `size` pixels; rules run linearly from `first` to `last`.
+    """A stretch of the curriculum: `images` scenes of `size` pixels; rules run linearly from `first` to `last`.
 
-    `tiles`: an image is a mosaic of tiles x tiles scenes, each with its own captions. `words`: what captions say, "names"
-    (canonical ones), "synonyms" (these too) or "phrases" (also attributes, relations and the properties of Table 8).
+    `details` adds attributes, relations and the properties of Table 8 to the captions' names.
     """
 
-    scenes: int
+    images: int
     size: int
     first: SceneRules
     last: SceneRules
-    tiles: int = 1
-    words: str = "phrases"
+    details: bool = True
 
     def rules(self, progress: float) -> SceneRules:
         def mix(a, b):
@@ -66,33 +65,60 @@ class Stage:
             objects=(1, round(mix(a.objects[1], b.objects[1]))),
             scale=(mix(a.scale[0], b.scale[0]), mix(a.scale[1], b.scale[1])),
             max_angle=mix(a.max_angle, b.max_angle),
-            recolour=mix(a.recolour, b.recolour),
         )
 
-    def candidates(self) -> tuple[Phrase, ...]:
-        """Names that every scene of the stage is compared with."""
-        names = name_phrases()
-        if self.words == "names":
-            return tuple(p for p in names if p.text in {kind.name for kind in load_vocabulary()})
-        return names
 
-
-def _rules(size: int, most: int, scale: tuple[float, float], angle: float, recolour: float = 0.6) -> SceneRules:
+def _rules(size: int, most: int, scale: tuple[float, float], angle: float) -> SceneRules:
     wide = round(size * 1.2)
     return SceneRules(
-        sizes=((size, size), (size, size), (size, wide), (wide, size)), objects=(1, most), scale=scale,
-        max_angle=angle, recolour=recolour,
-    )  # fmt: skip
+        sizes=((size, size), (size, size), (size, wide), (wide, size)), objects=(1, most), scale=scale, max_angle=angle
+    )
 
 
-# One name per object in its own colours first: with synonyms and colours the towers take several times longer to meet.
-# Mosaics then tie words to places.
-CURRICULUM = (
-    Stage(64_000, 56, _rules(56, 1, (0.75, 0.97), 5, 0.0), _rules(56, 1, (0.6, 0.97), 20, 0.0), words="names"),
-    Stage(80_000, 56, _rules(56, 1, (0.6, 0.97), 20, 0.0), _rules(56, 2, (0.4, 0.9), 25), tiles=2, words="synonyms"),
-    Stage(64_000, 56, _rules(56, 2, (0.4, 0.9), 25), _rules(56, 2, (0.35, 0.9), 25), tiles=2),
-    Stage(40_000, 112, _rules(112, 3, (0.22, 0.7), 25), _rules(112, 5, (0.2, 0.6), 25)),
-)
+@dataclass(frozen=True)
+class Cycle:
+    """One cycle of the learning rate over some stages: up in `warm_up` steps, level at `peak` (1 for the optimisers' own
+    rates), and linearly to zero over the last share `decay` of the steps."""
+
+    stages: tuple[Stage, ...]
+    batch: int
+    peak: float
+    warm_up: int
+    decay: float
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.images for stage in self.stages) // self.batch
+
+    def rate(self, step: int) -> float:
+        return self.peak * min((step + 1) / self.warm_up, 1.0, (self.steps - step) / (self.decay * self.steps))
+
+    def shortened(self, budget: float) -> "Cycle":
+        """The same with `budget` times the images, whole batches of every stage."""
+        stages = (replace(s, images=max(1, round(s.images * budget / self.batch)) * self.batch) for s in self.stages)
+        return replace(self, stages=tuple(stages))
+
+
+# About 75 minutes on two cores. First from nothing to scenes, names before details: captions with details before the
+# towers agree on names slow everything down. Then at full size, gently: a second start at the full rate forgets the first.
+CYCLES = (
+    Cycle(
+        (
+            Stage(80_000, 56, _rules(56, 1, (0.75, 0.97), 5), _rules(56, 1, (0.6, 0.97), 20), details=False),
+            Stage(32_000, 56, _rules(56, 1, (0.6, 0.97), 20), _rules(56, 2, (0.45, 0.9), 25)),
+            Stage(56_000, 80, _rules(80, 2, (0.4, 0.9), 25), _rules(80, 3, (0.28, 0.75), 25)),
+            Stage(16_000, 112, _rules(112, 3, (0.22, 0.7), 25), _rules(112, 5, (0.2, 0.6), 25)),
+        ),
+        batch=64, peak=1.0, warm_up=200, decay=0.4,
+    ),
+    Cycle(
+        (Stage(76_800, 112, _rules(112, 4, (0.22, 0.65), 25), _rules(112, 5, (0.2, 0.6), 25)),),
+        batch=32, peak=0.3, warm_up=50, decay=1.0,
+    ),
+)  # fmt: skip
+
+
+LAST = CYCLES[-1].stages[-1]
 
 
 def build_tokenizer() -> CLIPTokenizer:
@@ -131,27 +157,23 @@ def build_model(tokenizer: CLIPTokenizer) -> CLIPSegForImageSegmentation:
 class CaptionedScenes(Dataset):
     """Item i is (image (3, S, S) float32, objects (N, 3) int64: kind, colour, size, and true phrases), given the seed."""
 
-    def __init__(self, curriculum: tuple[Stage, ...], seed: int):
-        self.curriculum, self.seed = curriculum, seed
+    def __init__(self, stages: tuple[Stage, ...], seed: int):
+        self.stages, self.seed = stages, seed
 
     def __len__(self) -> int:
-        return sum(stage.scenes for stage in self.curriculum)
-
-    def stage(self, i: int) -> tuple[Stage, float]:
-        """The stage of scene i and how far it has come, in [0, 1)."""
-        for stage in self.curriculum:
-            if i < stage.scenes:
-                return stage, i / stage.scenes
-            i -= stage.scenes
-        raise IndexError(i)
+        return sum(stage.images for stage in self.stages)
 
     def __getitem__(self, i: int):
         rng = np.random.default_rng([self.seed, i])
-        stage, progress = self.stage(i)
-        scene = compose(rng, stage.rules(progress))
+        start = 0
+        for stage in self.stages:
+            if i < start + stage.images:
+                break
+            start += stage.images
+        scene = compose(rng, stage.rules((i - start) / stage.images))
         image = cv2.resize(scene.image, (stage.size, stage.size), interpolation=cv2.INTER_AREA)
-        phrases = [p for j in range(len(scene.objects)) for p in self._captions(rng, scene, j, stage.words)]
-        templated = rng.random(len(phrases)) < (0.5 if stage.words == "phrases" else 0.0)
+        phrases = [p for j in range(len(scene.objects)) for p in self._captions(rng, scene, j, stage.details)]
+        templated = rng.random(len(phrases)) < (0.5 if stage.details else 0.0)
         texts = [
             TRAIN_TEMPLATES[rng.integers(len(TRAIN_TEMPLATES))].format(p.text) if t else p.text
             for p, t in zip(phrases, templated, strict=True)
@@ -160,9 +182,9 @@ class CaptionedScenes(Dataset):
         return image, np.array(objects, np.int64).reshape(-1, 3), phrases, texts
 
     @staticmethod
-    def _captions(rng, scene, index: int, words: str) -> list[Phrase]:
-        chosen = [describe(rng, scene, index, "category", canonical=1.0 if words == "names" else 0.7)]
-        if words != "phrases":
+    def _captions(rng, scene, index: int, details: bool) -> list[Phrase]:
+        chosen = [describe(rng, scene, index, "category")]
+        if not details:
             return chosen
         if rng.random() < 0.6:
             chosen.append(describe(rng, scene, index, "attribute"))
@@ -260,20 +282,12 @@ def embed_texts(clip, tokenizer, texts: list[str]) -> torch.Tensor:
     return F.normalize(clip.get_text_features(**tokens).pooler_output.float(), dim=-1)
 
 
-def mosaic(scenes: torch.Tensor, tiles: int) -> torch.Tensor:
-    """Images (B, 3, tiles * S, tiles * S) of scenes (B * tiles * tiles, 3, S, S), in reading order."""
-    rows = scenes.unflatten(0, (-1, tiles, tiles))
-    return rows.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-
-
-def similarities(clip, tokens: torch.Tensor, texts: torch.Tensor, tiles: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled similarities of texts with images by image embedding (B, P), and with the scenes of each image's mosaic by
-    the soft maximum over their patches (B * tiles * tiles, P)."""
+def similarities(clip, tokens: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled similarities (B, P) of images and texts: by image embedding, and by the soft maximum over patches."""
     scale = clip.logit_scale.clamp(max=4.6).exp()
-    side = round((tokens.shape[1] - 1) ** 0.5) // tiles
-    cosines = (tokens[:, 1:] @ texts.T).unflatten(1, (tiles, side, tiles, side))
-    pooled = torch.logsumexp(cosines * POOLING, (2, 4)).flatten(0, 2) - np.log(side * side)
-    return scale * tokens[:, 0] @ texts.T, scale * pooled / POOLING
+    cosines = tokens[:, 1:] @ texts.T
+    pooled = (torch.logsumexp(cosines * POOLING, 1) - np.log(cosines.shape[1])) / POOLING
+    return scale * tokens[:, 0] @ texts.T, scale * pooled
 
 
 def optimisers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
@@ -289,62 +303,65 @@ def optimisers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
 def pretrain(folder: Path, seed: int = 0, budget: float = 1.0, device: str = "cpu") -> CLIPSegForImageSegmentation:
     """Pre-train the mini CLIP and save it as a `transformers` folder in `folder/model` (its decoder is untrained).
 
-    `budget` scales the number of images of every stage (1.0: about 40 minutes on one core). Resumes exactly.
+    `budget` scales the number of images of every stage (1.0: about 75 minutes on two cores). The curve is in
+    `folder/curve.csv`; every cycle has a folder of its own there, with its checkpoint. Resumes exactly.
     """
     torch.manual_seed(seed)
-    stored = Path(folder) / "processor"  # kept: the trainer of the tokenizer breaks ties differently in every process
+    folder = Path(folder)
+    stored = folder / "processor"  # kept: the trainer of the tokenizer breaks ties differently in every process
     if not (stored / "tokenizer.json").exists():
         build_processor().save_pretrained(stored)
     processor = CLIPSegProcessor.from_pretrained(stored)
     model = build_model(processor.tokenizer).to(device)
-    clip = model.clip
-    curriculum = tuple(replace(s, scenes=max(1, round(s.scenes * budget / BATCH)) * BATCH) for s in CURRICULUM)
-    scenes = CaptionedScenes(curriculum, seed)
-    steps = len(scenes) // BATCH
+    curves = []
+    with fast_attention(model.clip):
+        for number, cycle in enumerate(CYCLES, start=1):
+            curve = _run_cycle(model, processor, folder / f"cycle-{number}", cycle.shortened(budget), seed)
+            curves.append(curve.assign(cycle=number))
+    with written_whole(folder / "curve.csv") as temporary:
+        pd.concat(curves).to_csv(temporary, index=False)
+    rescale(model, fresh_scenes(LAST.last, LAST.size, 64)[0].to(device))
+    model.save_pretrained(folder / "model")
+    CLIPSegProcessor.from_pretrained(stored).save_pretrained(
+        folder / "model"
+    )  # tokenizing left truncation in the other
+    return model
+
+
+def _run_cycle(model, processor, folder: Path, cycle: Cycle, seed: int) -> pd.DataFrame:
+    clip, device, size = model.clip, model.device, cycle.batch
+    scenes = CaptionedScenes(cycle.stages, seed)
     optimiser = optimisers(clip)
     rates = {key: o.param_groups[0]["lr"] for key, o in optimiser.items()}
+    names = list(name_phrases())
 
     def batches(first: int):
-        order = range(first * BATCH, len(scenes))
-        return DataLoader(scenes, BATCH, sampler=order, collate_fn=collate, num_workers=1, prefetch_factor=8)
+        order = range(first * size, len(scenes))
+        return DataLoader(scenes, size, sampler=order, collate_fn=collate, num_workers=1, prefetch_factor=8)
 
     def step(i: int, batch) -> dict[str, torch.Tensor]:
-        pixels, objects, owners, phrases, sources, texts = batch
-        stage, _ = scenes.stage(i * BATCH)
-        # Every name is a candidate for every scene: negatives for all, and the text tower meets each name in each step.
-        names = stage.candidates()
-        true, unknown = truth(objects, owners, phrases + list(names), sources + [-1] * len(names), len(pixels))
+        images, objects, owners, phrases, sources, texts = batch
+        # Every name is a candidate for every image: negatives for all, and the text tower meets each name in each step.
+        true, unknown = truth(objects, owners, phrases + names, sources + [-1] * len(names), len(images))
         true, unknown = true.to(device), unknown.to(device)
-        # Constant after a short warm-up, then linear to zero over the last 40%.
-        factor = min((i + 1) / 50, 1.0, (steps - i) / (0.4 * steps))
         for key, o in optimiser.items():
-            o.param_groups[0]["lr"] = rates[key] * factor
-        with torch.autocast(device, torch.bfloat16):
-            tokens = embed_patches(clip, mosaic(pixels.to(device), stage.tiles))
+            o.param_groups[0]["lr"] = rates[key] * cycle.rate(i)
+        with torch.autocast(device.type, torch.bfloat16):
+            tokens = embed_patches(clip, images.to(device))
             # Apart, because together the short names would be padded to the longest caption.
             words = [embed_texts(clip, processor.tokenizer, t) for t in (texts, [p.text for p in names])]
-        whole, local = similarities(clip, tokens, torch.cat(words), stage.tiles)
-        # A phrase is true of an image if it is true of one of its scenes.
-        either, unsure = (t.unflatten(0, (len(whole), -1)).any(1) for t in (true, unknown))
-        losses = {"image": contrast(whole, either, unsure & ~either), "patch": contrast(local, true, unknown)}
+        whole, local = similarities(clip, tokens, torch.cat(words))
+        losses = {"image": contrast(whole, true, unknown), "patch": contrast(local, true, unknown)}
         (losses["image"] + losses["patch"]).backward()
         for o in optimiser.values():
             o.step()
             o.zero_grad(set_to_none=True)
         return losses
 
-    settings = {"seed": seed, "curriculum": [asdict(s) for s in curriculum], "batch": BATCH}
-    with fast_attention(clip):
-        fit(
-            "mini CLIP", folder, batches, step, steps, {"model": model, **optimiser}, settings,
-            validate=lambda: probe(model, processor), every=max(1, min(500, steps // 4)),
-        )  # fmt: skip
-    rescale(model, fresh_scenes(CURRICULUM[-1].last, CURRICULUM[-1].size, 64)[0].to(device))
-    model.save_pretrained(folder / "model")
-    CLIPSegProcessor.from_pretrained(stored).save_pretrained(
-        folder / "model"
-    )  # tokenizing left truncation in the other
-    return model
+    return fit(
+        f"mini CLIP, {folder.name}", folder, batches, step, cycle.steps, {"model": model, **optimiser},
+        {"seed": seed} | asdict(cycle), validate=lambda: probe(model, processor), every=max(1, min(300, cycle.steps // 4)),
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -373,9 +390,9 @@ def probe(model: CLIPSegForImageSegmentation, processor: CLIPSegProcessor, scene
     clip, device = model.clip, model.device
     with torch.autocast(device.type, torch.bfloat16):
         names = embed_texts(clip, processor.tokenizer, [f"a photo of a {k.name}." for k in load_vocabulary()]).cpu()
-    size = CURRICULUM[-1].size
+    size = LAST.size
     result = {}
-    for key, rules in {"top1": _rules(size, 1, (0.5, 0.8), 25), "patch_top1": CURRICULUM[-1].last}.items():
+    for key, rules in {"top1": _rules(size, 1, (0.5, 0.8), 25), "patch_top1": LAST.last}.items():
         pixels, labels = fresh_scenes(rules, size, scenes)
         with torch.autocast(device.type, torch.bfloat16):
             tokens = torch.cat([embed_patches(clip, part) for part in pixels.to(device).split(64)]).cpu()
