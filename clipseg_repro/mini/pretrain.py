@@ -317,14 +317,15 @@ def pretrain(folder: Path, seed: int = 0, budget: float = 1.0, device: str = "cp
     with fast_attention(model.clip):
         for number, cycle in enumerate(CYCLES, start=1):
             curve = _run_cycle(model, processor, folder / f"cycle-{number}", cycle.shortened(budget), seed)
-            curves.append(curve.assign(cycle=number))
+            for column in ("step", "seconds"):  # on from the cycle before
+                curve[column] += curves[-1][column].iloc[-1] if curves else 0
+            curves.append(curve)
     with written_whole(folder / "curve.csv") as temporary:
         pd.concat(curves).to_csv(temporary, index=False)
     rescale(model, fresh_scenes(LAST.last, LAST.size, 64)[0].to(device))
     model.save_pretrained(folder / "model")
-    CLIPSegProcessor.from_pretrained(stored).save_pretrained(
-        folder / "model"
-    )  # tokenizing left truncation in the other
+    # A fresh one: tokenizing has left its truncation in the other.
+    CLIPSegProcessor.from_pretrained(stored).save_pretrained(folder / "model")
     return model
 
 
