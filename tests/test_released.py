@@ -160,7 +160,6 @@ def test_hub_models_come_from_the_cache_at_the_pinned_commit(tiny_folder, tmp_pa
     pinned = "CIDAS/clipseg-rd64-refined"
     assert len(REVISIONS[pinned]) == 40
     shutil.copytree(tiny_folder, tmp_path / f"models--{pinned.replace('/', '--')}" / "snapshots" / REVISIONS[pinned])
-    (tmp_path / "rd.pth").touch()
     code = f"""
 from clipseg_repro.errors import InputError
 from clipseg_repro.models import load_model
