@@ -1,4 +1,4 @@
-"""The command line: `clipseg-repro segment | data | train | evaluate | reproduce`."""
+"""The command line: `clipseg-repro segment | data | train | evaluate | verify | reproduce`."""
 
 import re
 from enum import StrEnum
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from clipseg_repro.errors import InputError
-from clipseg_repro.scales import SCALES, get_scale
+from clipseg_repro.scales import SCALES, data_root, get_scale
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -64,7 +64,7 @@ def segment(
     out: Annotated[Path, typer.Option(help="Folder for the results; made if missing.")] = Path("segmented"),
     support: Annotated[Path | None, typer.Option(help="An example picture: look for what --mask marks in it.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Mask of --support: a picture, 0 except on the object.")] = None,
-    model: Annotated[str, typer.Option(help="mini, a Hub id (owner/name), or a folder of weights.")] = "mini",
+    model: Annotated[str, typer.Option(help="mini, a Hub id (owner/name), a folder or a .pth file.")] = "mini",
     threshold: Annotated[float, typer.Option(min=0, max=1, help="A mask is where the probability is higher.")] = 0.5,
 ):
     """Segment a picture by text, by example, or by both.
@@ -123,6 +123,17 @@ def data_build(scale: ScaleOption = ScaleName.mini):
     typer.echo(f"The data are in {chosen.phrasecut}")
 
 
+@data.command("weights")
+def data_weights(
+    out: Annotated[Path | None, typer.Option(help="Folder for the files; weights/ of the data folder if none.")] = None,
+):
+    """Fetch the authors' released weights (three .pth files). Goes on where it was stopped."""
+    from clipseg_repro.released import fetch_weights
+
+    for path in fetch_weights(out or data_root() / "weights"):
+        typer.echo(path)
+
+
 @app.command()
 def train(
     run: Annotated[str, typer.Argument(help="mini-clip (pre-training), or a run of experiments.yaml: clipseg-pc+ ...")],
@@ -153,7 +164,9 @@ def train(
 
 @app.command()
 def evaluate(
-    source: Annotated[str | None, typer.Argument(help="mini, a Hub id or a folder; the scale's model if none.")] = None,
+    source: Annotated[
+        str | None, typer.Argument(help="mini, a Hub id, a folder or a .pth file; the scale's if none.")
+    ] = None,
     scale: ScaleOption = ScaleName.mini,
     split: Annotated[str, typer.Option(help="train, val, test or miniv.")] = "test",
     prompts: Annotated[Prompts, typer.Option(help="Ask by the phrase, or by an example of the same phrase.")] = "text",
@@ -167,6 +180,26 @@ def evaluate(
     chosen.prepare()
     result = phrasecut(load_segmenter(source or chosen.model), PhraseCut(chosen.phrasecut, split), prompts=prompts)
     typer.echo(result.table().round(3).to_string(index=False))
+
+
+@app.command()
+def verify(
+    source: Annotated[str, typer.Argument(help="A Hub id, a folder or a .pth file of released weights.")],
+    image: Annotated[Path | None, typer.Option(help="COCO val2017 000000039769.jpg; fetched if none.")] = None,
+):
+    """Check released weights against the known answer on one picture; exit code 1 if they do not give it."""
+    from clipseg_repro.verify import TOLERANCE
+    from clipseg_repro.verify import verify as run_checks
+
+    checks = run_checks(source, image)
+    for check in checks:
+        if check.deviation is None:
+            typer.echo(f"-     {check.name}: no known answer for this decoder, only for the refined one with D = 64")
+        else:
+            word = "FAIL" if check.failed else "pass"
+            typer.echo(f"{word}  {check.name}: largest deviation {check.deviation:.2g} (tolerance {TOLERANCE:g})")
+    if any(check.failed for check in checks):
+        raise typer.Exit(1)
 
 
 @app.command()

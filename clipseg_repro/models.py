@@ -13,46 +13,100 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
-from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
+from transformers import (
+    CLIPModel,
+    CLIPSegConfig,
+    CLIPSegForImageSegmentation,
+    CLIPSegProcessor,
+    CLIPTokenizer,
+    ViTImageProcessor,
+)
 from transformers.utils import logging
 
 from clipseg_repro.errors import InputError
-from clipseg_repro.prompts import input_size
+from clipseg_repro.prompts import IMAGENET_MEAN, IMAGENET_STD, RELEASED_SIZE, input_size
+from clipseg_repro.released import read_decoder
 
 MINI = Path(__file__).parent / "weights" / "mini"
+CLIP = "openai/clip-vit-base-patch16"
+
+# Hub id -> the commit that is loaded; of other ids, and of None, the newest.
+REVISIONS = {
+    "CIDAS/clipseg-rd64-refined": "999e0328d9e10b484360c477313983f9afdd7050",
+    "CIDAS/clipseg-rd64": None,  # its commits could not be looked up when this was written
+    "CIDAS/clipseg-rd16": None,  # likewise
+    CLIP: "57c216476eefef5ab752ec549e440a49ae4ae5f3",
+}
 
 
-def load_model(source="mini"):
+def load_model(source="mini", clip=CLIP):
     """(CLIPSegForImageSegmentation in float32 and eval mode, CLIPSegProcessor).
 
-    `source` is "mini" (shipped with the package), a folder written by `save_pretrained`, or a Hub id such as
-    "CIDAS/clipseg-rd64-refined". Raises InputError if the source is unknown, damaged or another architecture.
+    `source` is "mini" (shipped with the package), a folder written by `save_pretrained`, a Hub id such as
+    "CIDAS/clipseg-rd64-refined", or one of the authors' `.pth` files. Those hold the decoder only: `clip`, a Hub id or a
+    `save_pretrained` folder of a CLIPModel and its tokenizer, gives the rest; no other source reads it. A model that is in the
+    Hub's cache is not fetched again. Raises InputError if a source is unknown, damaged or another architecture.
     """
-    path = MINI if source == "mini" else Path(source)
     if source == "mini" and not (MINI / "model.safetensors").is_file():
         raise InputError(
             f"the mini model's weights are missing from {MINI}: reinstall the package or give another source"
         )
-    if path.is_dir():
-        _check_folder(path)
-        return _load(str(path), f"model folder '{path}' is damaged or incomplete: save or copy it again")
-    if path.is_file():
-        raise InputError(f"model '{source}' is a file: give the save_pretrained folder, a Hub id or 'mini'")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    path = MINI if source == "mini" else Path(source)
+    model, processor = _read_released(path, clip) if path.is_file() else _pretrained(_read_clipseg, path, "clipseg")
+    words, known = len(processor.tokenizer), model.config.text_config.vocab_size
+    if words != known:  # without its files, transformers makes an empty tokenizer and says nothing
         raise InputError(
-            f"unknown model '{source}': give 'mini', an existing save_pretrained folder or a Hub id (owner/name)"
+            f"model '{source}': its tokenizer has {words} tokens, its text tower {known}: the tokenizer files are missing "
+            "or belong to another model"
         )
-    return _load(
-        str(source),
-        f"model '{source}' is no folder, is not in the cache {HF_HUB_CACHE}, and could not be fetched from the Hub: "
-        "check the name and the network, or use 'mini', which needs neither",
-    )
+    patch, size = model.config.vision_config.patch_size, input_size(processor.image_processor)
+    if size % patch:
+        raise InputError(
+            f"model '{source}': input size {size} is no multiple of the patch size {patch}: correct the processor"
+        )
+    return model.eval(), processor
 
 
-def _check_folder(path):
-    """Fail early, with the reason, on a folder that is not CLIPSeg."""
+def _pretrained(read, source, kind):
+    """read(...) of a folder that holds a model of that `kind` (config.json's model_type), or of a Hub id."""
+    path, name = Path(source), str(source)
+    if path.is_dir():
+        _check_folder(path, kind)
+        failure = f"model folder '{name}' is damaged or incomplete: save or copy it again"
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        failure = (
+            f"model '{name}' is no folder, is not in the cache {HF_HUB_CACHE}, and could not be fetched from the Hub: "
+            "check the name and the network, or use 'mini', which needs neither"
+        )
+    else:
+        raise InputError(
+            f"unknown model '{name}': give 'mini', an existing save_pretrained folder or .pth file, or a Hub id "
+            "(owner/name)"
+        )
+    options = {"revision": REVISIONS[name]} if REVISIONS.get(name) else {}
     try:
-        kind = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
+        with _quiet():
+            try:
+                model, report, rest = read(name, local_files_only=True, **options)  # what is cached needs no network
+            except OSError:
+                model, report, rest = read(name, **options)
+    except Exception as error:  # of many kinds: OSError, RuntimeError, SafetensorError, ValueError ...
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise InputError(f"{failure} ({type(error).__name__}: {reason})") from error
+    strange = [k for k in report["unexpected_keys"] if not k.endswith("position_ids")]  # old files store that buffer
+    missing = sorted(report["missing_keys"])
+    if missing or strange or report["mismatched_keys"]:
+        raise InputError(
+            f"model '{name}' is not a complete {type(model).__name__}: {len(missing)} weights missing {missing[:3]}, "
+            f"{len(strange)} unexpected {sorted(strange)[:3]}: give weights of that class"
+        )
+    return model, rest
+
+
+def _check_folder(path, kind):
+    """Fail early, with the reason, on a folder of another kind of model."""
+    try:
+        found = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
     except FileNotFoundError:
         raise InputError(
             f"model folder '{path}' has no config.json: give a folder written by save_pretrained"
@@ -61,48 +115,55 @@ def _check_folder(path):
         raise InputError(
             f"model folder '{path}' has a damaged config.json ({error!r}): save or copy it again"
         ) from None
-    if kind != "clipseg":
-        raise InputError(f"model folder '{path}' holds a '{kind}' model: give a CLIPSeg one (model_type 'clipseg')")
+    if found != kind:
+        raise InputError(f"model folder '{path}' holds a '{found}' model: give one of model_type '{kind}'")
 
 
-def _load(name, failure):
-    """(model, processor) of a folder or a Hub id; InputError(failure) if the libraries cannot read it."""
-    try:
-        with _quiet():
-            try:
-                model, report, processor = _read(name, local_files_only=True)  # a cached model needs no network
-            except OSError:
-                model, report, processor = _read(name)
-    except Exception as error:  # of many kinds: OSError, RuntimeError, SafetensorError, ValueError ...
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise InputError(f"{failure} ({type(error).__name__}: {reason})") from error
-    strange = [k for k in report["unexpected_keys"] if not k.endswith("position_ids")]  # old files store that buffer
-    missing = sorted(report["missing_keys"])
-    if missing or strange or report["mismatched_keys"]:
-        raise InputError(
-            f"model '{name}' is not a complete CLIPSeg: {len(missing)} weights missing {missing[:3]}, "
-            f"{len(strange)} unexpected {sorted(strange)[:3]}: give weights of CLIPSegForImageSegmentation"
-        )
-    words, known = len(processor.tokenizer), model.config.text_config.vocab_size
-    if words != known:  # without its files, transformers makes an empty tokenizer and says nothing
-        raise InputError(
-            f"model '{name}': its tokenizer has {words} tokens, its text tower {known}: the tokenizer files are missing "
-            "or belong to another model"
-        )
-    patch, size = model.config.vision_config.patch_size, input_size(processor.image_processor)
-    if size % patch:
-        raise InputError(
-            f"model '{name}': input size {size} is no multiple of the patch size {patch}: correct the processor"
-        )
-    return model.eval(), processor
-
-
-def _read(name, **options):
+def _read_clipseg(name, **options):
     # float32 by name: transformers 5 would keep the precision of the file
     model, report = CLIPSegForImageSegmentation.from_pretrained(
         name, dtype=torch.float32, output_loading_info=True, **options
     )
     return model, report, CLIPSegProcessor.from_pretrained(name, **options)
+
+
+def _read_clip(name, **options):
+    model, report = CLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
+    return model, report, CLIPTokenizer.from_pretrained(name, **options)
+
+
+def _read_released(path, clip):
+    """(model, processor) of one of the authors' files and the CLIP that it was trained on."""
+    options, tensors = read_decoder(path)  # before CLIP: its errors are cheaper
+    towers, tokenizer = _pretrained(_read_clip, clip, "clip")
+    config = CLIPSegConfig(
+        text_config=towers.config.text_config.to_dict(),
+        vision_config=towers.config.vision_config.to_dict(),
+        projection_dim=towers.config.projection_dim,
+        **options,
+    )
+    model = CLIPSegForImageSegmentation(config)
+    model.clip.load_state_dict(towers.state_dict())
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.decoder.state_dict().items()}
+    wrong = [
+        f"{k} {tuple(tensor.shape)} in place of {wanted[k]}"
+        for k, tensor in tensors.items()
+        if tensor.shape != wanted[k]
+    ]
+    if wrong or max(config.extract_layers) >= config.vision_config.num_hidden_layers:
+        raise InputError(
+            f"weights '{path}' do not fit CLIP '{clip}' ({wrong[0] if wrong else 'too few layers'}): the authors' files "
+            f"need {CLIP}"
+        )
+    model.decoder.load_state_dict(tensors)
+    with _quiet():  # it falls back from torchvision to PIL, and says so
+        pixels = ViTImageProcessor(
+            size={"height": RELEASED_SIZE, "width": RELEASED_SIZE},
+            image_mean=list(IMAGENET_MEAN),
+            image_std=list(IMAGENET_STD),
+            resample=2,  # bilinear
+        )
+    return model, CLIPSegProcessor(image_processor=pixels, tokenizer=tokenizer)
 
 
 @contextlib.contextmanager
@@ -122,6 +183,11 @@ def _quiet():
 def _block_outputs(model, pixel_values, keep=None, attention=None):
     """Yield (B, N, hidden) after each block of the image tower; blocks run only as far as the caller iterates."""
     vision = model.clip.vision_model
+    patch, (height, width) = model.config.vision_config.patch_size, pixel_values.shape[2:]
+    if height != width or height % patch:
+        raise InputError(
+            f"input of {height} x {width} px: this model takes squares whose side is a multiple of its patch size {patch}"
+        )
     hidden = vision.pre_layrnorm(vision.embeddings(pixel_values, interpolate_pos_encoding=True))
     rows, layers = attention or (None, None)
     blocks = vision.encoder.layers

@@ -74,9 +74,13 @@ def get_scale(name: str = "mini") -> Scale:
     if name not in SCALES:
         raise InputError(f"unknown scale '{name}': choose one of {', '.join(SCALES)}")
     scale = SCALES[name]
-    data = project_root() / os.environ.get("CLIPSEG_REPRO_DATA", "data")
     results = project_root() / os.environ.get("CLIPSEG_REPRO_RESULTS", "results")
-    return replace(scale, phrasecut=data / scale.phrasecut, results=results / scale.results)
+    return replace(scale, phrasecut=data_root() / scale.phrasecut, results=results / scale.results)
+
+
+def data_root() -> Path:
+    """The folder of the data sets and weights: data/ of the project, or what CLIPSEG_REPRO_DATA names."""
+    return project_root() / os.environ.get("CLIPSEG_REPRO_DATA", "data")
 
 
 def project_root() -> Path:

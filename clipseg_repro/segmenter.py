@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from clipseg_repro.errors import InputError
-from clipseg_repro.models import decode, embed_images, embed_texts, encode, load_model
+from clipseg_repro.models import CLIP, decode, embed_images, embed_texts, encode, load_model
 from clipseg_repro.prompts import RECIPES, Mix, VisualPrompt, load_image, prepare, to_pixels
 
 CACHED_TEXTS = 4096  # embeddings kept, 2 KB each
@@ -14,15 +14,16 @@ VISUAL_BATCH = 16
 PROMPT_BATCH = 32  # prompts decoded at once: some 300 MB at 352 px
 
 
-def load_segmenter(source="mini", device=None, dtype=None):
-    """A Segmenter of `source`: "mini", a Hub id or a save_pretrained folder (see `models.load_model`).
+def load_segmenter(source="mini", device=None, dtype=None, clip=CLIP):
+    """A Segmenter of `source`: "mini", a Hub id, a save_pretrained folder or one of the authors' .pth files, whose CLIP
+    comes from `clip` (see `models.load_model`).
 
     device: None picks CUDA, then MPS, then the CPU. dtype: None picks bfloat16 on CUDA where supported, else float32.
     Both take torch's objects or their names ("cpu", "float32").
     """
     device = _device(device)
     dtype = _dtype(dtype, device)
-    return Segmenter(*load_model(source), device=device, dtype=dtype)
+    return Segmenter(*load_model(source, clip), device=device, dtype=dtype)
 
 
 class Segmenter:
@@ -187,4 +188,11 @@ def _dtype(dtype, device):
     value = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if value not in (torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"dtype '{dtype}' is not supported: use float32, bfloat16 or float16")
+    try:
+        one = torch.ones(1, 1, 1, 1, device=device, dtype=value)
+        F.interpolate(F.conv2d(one, one) @ one, scale_factor=2, mode="bicubic").softmax(-1)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"dtype '{dtype}' does not work on device '{device}' ({str(error).splitlines()[0]}): use float32"
+        ) from None
     return value

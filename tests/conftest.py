@@ -79,7 +79,11 @@ def tiny_config(tokenizer, **changes):
 def random_model(config, seed=0):
     """A CLIPSeg whose weights are spread enough for prompts and pixels to matter to the logits."""
     torch.manual_seed(seed)
-    model = CLIPSegForImageSegmentation(config).eval()
+    return spread(CLIPSegForImageSegmentation(config).eval())
+
+
+def spread(model):
+    """Draw the weights of any module so that signals neither die nor explode on their way."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
+from conftest import random_model, tiny_config, tiny_processor
 from PIL import Image
+from transformers import AutoProcessor, CLIPSegForImageSegmentation
 from typer.testing import CliRunner
 
-from clipseg_repro import load_segmenter
+from clipseg_repro import load_segmenter, released, verify
 from clipseg_repro.cli import app
 
 
@@ -109,6 +112,74 @@ def test_train_passes_on_the_scale_and_the_budget(run, files, monkeypatch):
     }
 
 
+def test_data_weights_go_to_the_data_folder(run, files, monkeypatch):
+    monkeypatch.setenv("CLIPSEG_REPRO_DATA", str(files / "elsewhere"))
+    monkeypatch.setattr(released, "ARCHIVE", "http://127.0.0.1:9/download")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    kept = files / "elsewhere" / "weights" / "rd64-uni.pth"
+    kept.parent.mkdir(parents=True)
+    for name in released.FILES:
+        kept.with_name(name).touch()
+    result = run("data", "weights")
+    assert result.exit_code == 0, result.output
+    assert str(kept) in result.stdout.splitlines()
+    assert fails(run("data", "weights", "--out", "empty"), "cannot fetch", "127.0.0.1:9", "empty/weights.zip")
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """A folder of a model with the shape of the one whose answer is known: D = 64 and the refined head."""
+    processor = tiny_processor()
+    config = tiny_config(processor.tokenizer, use_complex_transposed_convolution=True)
+    config.vision_config.patch_size = 16
+    random_model(config).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_verify_passes_on_the_known_answer_and_fails_on_another(run, files, stand_in, monkeypatch):
+    """The documented call on the stand-in gives the answer to know; then one figure of it is changed."""
+    picture = Image.open(files / "photo.png")
+    processor = AutoProcessor.from_pretrained(stand_in)
+    inputs = processor(text=list(verify.PROMPTS), images=[picture] * 3, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        output = CLIPSegForImageSegmentation.from_pretrained(stand_in).eval()(**inputs)
+    corner = output.logits[0, :3, :3].tolist()
+    known = {
+        "conditional_embeddings[0, :3]": output.conditional_embeddings[0, :3].tolist(),
+        "pooled_output[0, :3]": output.pooled_output[0, :3].tolist(),
+        "logits[0, :3, :3]": corner,
+        "Segmenter.logits[0, :3, :3]": corner,
+    }
+    assert known.keys() == verify.EXPECTED.keys()
+    released_answer = dict(verify.EXPECTED)
+    monkeypatch.setattr(verify, "EXPECTED", known)
+    result = run("verify", stand_in, "--image", "photo.png")
+    assert result.exit_code == 0, result.output
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["pass"] * 4
+
+    known["pooled_output[0, :3]"][2] += 2e-3
+    result = run("verify", stand_in, "--image", "photo.png")
+    assert result.exit_code == 1
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["pass", "FAIL", "pass", "pass"]
+    assert "pooled_output[0, :3]: largest deviation 0.002 (tolerance 0.001)" in result.stdout
+
+    known.update(released_answer)
+    result = run("verify", stand_in, "--image", "photo.png")
+    assert result.exit_code == 1
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["FAIL"] * 4
+
+
+def test_verify_leaves_open_what_is_not_known(run, files, tiny_folder, monkeypatch):
+    result = run("verify", tiny_folder, "--image", "photo.png")  # not the refined head
+    assert result.exit_code == 1
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["FAIL", "FAIL", "-", "-"]
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(verify, "IMAGE", "http://127.0.0.1:9/000000039769.jpg")
+    assert fails(run("verify", tiny_folder), "cannot fetch http://127.0.0.1:9", "check the network")
+    assert fails(run("verify", "nowhere", "--image", "photo.png"), "unknown model 'nowhere'")
+
+
 @pytest.mark.parametrize("command", [["data", "build"], ["train", "clipseg-pc+"], ["reproduce"]])
 def test_ctrl_c_says_how_to_go_on(run, monkeypatch, command):
     def interrupt(*_, **__):
@@ -121,7 +192,10 @@ def test_ctrl_c_says_how_to_go_on(run, monkeypatch, command):
     assert "Run the same command again" in result.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["segment"], ["data", "build"], ["train"], ["evaluate"], ["reproduce"]])
+COMMANDS = [[], ["segment"], ["data", "build"], ["data", "weights"], ["train"], ["evaluate"], ["verify"], ["reproduce"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help(run, command):
     result = run(*command, "--help")
     assert result.exit_code == 0

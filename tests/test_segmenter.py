@@ -188,6 +188,8 @@ def test_label_map(segmenter, picture):
 def test_reduced_precision_is_close(tiny_folder, picture, picture_mask, dtype):
     prompts = ["a cat", VisualPrompt(picture, picture_mask), VisualPrompt(picture, picture_mask, next(iter(RECIPES)))]
     full, reduced = load_segmenter(tiny_folder, "cpu"), load_segmenter(tiny_folder, "cpu", dtype)
+    for segmenter in (full, reduced):  # another size than CLIP's own, so that positions are interpolated
+        segmenter.processor.image_processor.size = {"height": 144, "width": 144}
     full.set_image(picture)
     reduced.set_image(picture)
     maps = reduced.predict(prompts)
@@ -225,6 +227,21 @@ def test_decode_refuses(tiny_model):
     for conditions, reason in ((torch.zeros(3, 48), "2 images and 3"), (torch.zeros(2, 47), r"\(K, 48\)")):
         with pytest.raises(InputError, match=reason):
             decode(tiny_model[0], activations, conditions)
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 100), (112, 120)])
+def test_encode_refuses_other_than_squares_of_whole_patches(tiny_model, height, width):
+    with pytest.raises(InputError, match=f"{height} x {width} px.*multiple of its patch size 8"):
+        encode(tiny_model[0], torch.zeros(1, 3, height, width))
+
+
+def test_a_dtype_that_the_device_lacks_is_refused(tiny_folder, monkeypatch):
+    def lacking(*_, **__):
+        raise RuntimeError("\"conv\" not implemented for 'Half'\nC++ frames follow")
+
+    monkeypatch.setattr(segmenter_module.F, "conv2d", lacking)
+    with pytest.raises(InputError, match=r"dtype 'float16' does not work on device 'cpu' .*: use float32$"):
+        load_segmenter(tiny_folder, "cpu", "float16")
 
 
 @pytest.mark.parametrize(
@@ -328,9 +345,6 @@ def test_unknown_models_are_refused(tmp_path, monkeypatch):
         load_model("nobody/clipseg-none")
     with pytest.raises(InputError, match="unknown model 'mimi'"):
         load_model("mimi")
-    (tmp_path / "weights.pth").write_bytes(b"")
-    with pytest.raises(InputError, match="is a file"):
-        load_model(tmp_path / "weights.pth")
     monkeypatch.setattr(models, "MINI", tmp_path)
     with pytest.raises(InputError, match="weights are missing"):
         load_model("mini")

@@ -1,0 +1,160 @@
+"""The weights that the authors released with their code (timojl/clipseg): rd64-uni, rd64-uni-refined and rd16-uni.
+
+Each `.pth` file is the decoder of their class CLIPDensePredT without CLIP, some in half precision. Here are its keys, and
+the archive that holds the three. What shapes cannot tell (layers read, heads) is as in the Hub's configs of the same weights.
+"""
+
+import pickle
+import re
+import stat
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+import torch
+
+from clipseg_repro.downloads import download
+from clipseg_repro.errors import InputError
+from clipseg_repro.files import written_whole
+
+ARCHIVE = "https://owncloud.gwdg.de/index.php/s/ioHbRzFx6th32hn/download"
+FILES = ("rd64-uni.pth", "rd64-uni-refined.pth", "rd16-uni.pth")
+
+EXTRACT_LAYERS = [3, 6, 9]  # of CLIP's blocks, counted from 0; the paper says 3, 7, 9
+HEADS = 4
+
+# Keys that the authors' forward pass does not use, or that we have from elsewhere.
+UNUSED = {
+    r"reduce\.(weight|bias)": "a layer of the base class that only the CLIP-Deconv baseline calls",
+    r"(clip_model|model)\..+": "CLIP, which was frozen; only in files saved with all of a model's parameters",
+}
+
+
+def read_decoder(path):
+    """(options, tensors) of a released `.pth` file, which is read as data and never executed.
+
+    options: what the shapes say, as keywords of CLIPSegConfig. tensors: float32, named as in transformers' CLIPSegDecoder.
+    Raises InputError for a file that is damaged, would execute code, or is not such a decoder.
+    """
+    released = _open(path)
+    refined = "trans_conv.0.weight" in released
+    layers = len({key.split(".")[1] for key in released if key.startswith("reduces.")})
+    names = _names(layers or len(EXTRACT_LAYERS), refined)
+    missing = sorted(names.keys() - released.keys())
+    unexpected = sorted(k for k in released.keys() - names.keys() if not any(re.fullmatch(u, k) for u in UNUSED))
+    if missing or unexpected:
+        raise InputError(
+            f"weights '{path}' are not those of a CLIPSeg decoder: {_listed('missing', missing)}, "
+            f"{_listed('unexpected', unexpected)}: give one of the authors' files ({', '.join(FILES)})"
+        )
+    if layers != len(EXTRACT_LAYERS):
+        raise InputError(
+            f"weights '{path}' have {layers} decoder layers: which layers of CLIP they read is known only for the "
+            f"released files with {len(EXTRACT_LAYERS)} ({', '.join(FILES)})"
+        )
+    options = {
+        "reduce_dim": len(released["film_mul.bias"]),
+        "decoder_intermediate_size": len(released["blocks.0.linear1.bias"]),
+        "use_complex_transposed_convolution": refined,
+        "extract_layers": EXTRACT_LAYERS,
+        "decoder_num_attention_heads": HEADS,
+    }
+    tensors = {}
+    for theirs, ours in names.items():
+        tensors |= zip(ours, released[theirs].float().chunk(len(ours)))
+    return options, tensors
+
+
+def _names(layers, refined):
+    """Every key that the model uses -> its names in CLIPSegDecoder; of several, each has an equal part of the rows."""
+    modules = {"film_mul": "film_mul", "film_add": "film_add"}
+    for place in (".0", ".2", ".4") if refined else ("",):
+        modules[f"trans_conv{place}"] = f"transposed_convolution{place}"
+    names = {}
+    for i in range(layers):
+        block, layer = f"blocks.{i}", f"layers.{i}"
+        modules |= {
+            f"reduces.{i}": f"reduces.{i}",
+            f"{block}.self_attn.out_proj": f"{layer}.self_attn.out_proj",
+            f"{block}.linear1": f"{layer}.mlp.fc1",
+            f"{block}.linear2": f"{layer}.mlp.fc2",
+            f"{block}.norm1": f"{layer}.layer_norm1",
+            f"{block}.norm2": f"{layer}.layer_norm2",
+        }
+        for kind in ("weight", "bias"):
+            names[f"{block}.self_attn.in_proj_{kind}"] = [f"{layer}.self_attn.{x}_proj.{kind}" for x in "qkv"]
+    return names | {f"{theirs}.{k}": [f"{ours}.{k}"] for theirs, ours in modules.items() for k in ("weight", "bias")}
+
+
+def _listed(word, keys, most=8):
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return f"{word} {', '.join(keys[:most])}{more}" if keys else f"nothing {word}"
+
+
+def _open(path):
+    """The {key: tensor} of a .pth file."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds: UnpicklingError, RuntimeError, EOFError, OSError ...
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # the pickle names a function or class
+            raise InputError(
+                f"weights '{path}' would execute code when opened, so they were not: fetch the authors' files again "
+                "(clipseg-repro data weights)"
+            ) from None
+        raise InputError(
+            f"weights '{path}' are damaged or no .pth file ({type(error).__name__}): fetch them again "
+            "(clipseg-repro data weights)"
+        ) from None
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise InputError(
+            f"weights '{path}' hold a {type(content).__name__} that is no plain table of tensors: give one of the "
+            f"authors' files ({', '.join(FILES)})"
+        )
+    return content
+
+
+def fetch_weights(folder):
+    """The paths of the authors' three files in `folder`, fetched if they are not all there; goes on where it was stopped.
+
+    Raises InputError without network and for an archive that is damaged, unsafe or incomplete."""
+    folder = Path(folder)
+    paths = [folder / name for name in FILES]
+    if not all(path.is_file() for path in paths):
+        archive = folder / "weights.zip"
+        download(ARCHIVE, archive)
+        try:
+            _unpack(archive, folder)
+        finally:
+            archive.unlink()  # not needed any more, or bad: then the next run fetches it afresh
+    return paths
+
+
+def _unpack(archive, folder):
+    """Write the released files of a zip archive into `folder`, under their own names; other members are left alone."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            members = opened.infolist()
+            unsafe = [m.filename for m in members if _is_unsafe(m)]
+            if unsafe:
+                raise InputError(
+                    f"archive '{archive}' has members that point outside it ({unsafe[0]!r}): nothing was extracted; "
+                    f"it is not what the authors published at {ARCHIVE}"
+                )
+            found = {name: m for m in members if (name := PurePosixPath(m.filename).name) in FILES}
+            if absent := [name for name in FILES if name not in found]:
+                raise InputError(
+                    f"archive '{archive}' lacks {', '.join(absent)}: it is not what the authors published at {ARCHIVE}"
+                )
+            for name, member in found.items():
+                with written_whole(folder / name) as temporary:
+                    temporary.write_bytes(opened.read(member))
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        raise InputError(f"archive '{archive}' is damaged ({error}): run the same command to fetch it again") from None
+    except OSError as error:
+        raise InputError(f"cannot write to '{folder}' ({error.strerror or error}): give another folder") from None
+
+
+def _is_unsafe(member):
+    path = PurePosixPath(member.filename.replace("\\", "/"))
+    link = stat.S_ISLNK(member.external_attr >> 16)
+    return link or path.is_absolute() or ".." in path.parts or ":" in path.parts[0]

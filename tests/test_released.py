@@ -1,0 +1,292 @@
+"""The authors' .pth files and archive, on stand-ins: the decoder in torch's own modules, a web server on this machine."""
+
+import functools
+import http.server
+import io
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+import zipfile
+
+import pytest
+import torch
+from conftest import spread, tiny_config, tiny_processor
+from torch import nn
+from transformers import CLIPConfig, CLIPModel
+
+from clipseg_repro import Segmenter, downloads, released
+from clipseg_repro.errors import InputError
+from clipseg_repro.models import REVISIONS, load_model
+from clipseg_repro.prompts import to_pixels
+
+
+class ReleasedDecoder(nn.Module):
+    """CLIPSeg's decoder from its description, in torch's modules, whose parts are named as in the authors' files."""
+
+    def __init__(self, width, refined, layers=3, clip_width=64):
+        super().__init__()
+        self.film_mul, self.film_add = nn.Linear(48, width), nn.Linear(48, width)
+        self.reduce = nn.Linear(clip_width, width)  # in the files, never used
+        self.reduces = nn.ModuleList(nn.Linear(clip_width, width) for _ in range(layers))
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(width, nhead=4) for _ in range(layers))
+        self.trans_conv = nn.ConvTranspose2d(width, 1, 16, stride=16)
+        if refined:
+            up = functools.partial(nn.ConvTranspose2d, kernel_size=4, stride=4)
+            convolution = nn.Conv2d(width, width, 3, padding=1)
+            self.trans_conv = nn.Sequential(convolution, nn.ReLU(), up(width, width // 2), nn.ReLU(), up(width // 2, 1))
+
+    def forward(self, activations, condition):
+        """(S, S) logits of one image's activations, (N, C) each with the shallowest first, under one condition."""
+        tokens = 0
+        for i, activation in enumerate(reversed(activations)):
+            tokens = tokens + self.reduces[i](activation)
+            if i == 0:
+                tokens = self.film_mul(condition) * tokens + self.film_add(condition)
+            tokens = self.blocks[i](tokens)
+        side = round((len(tokens) - 1) ** 0.5)
+        return self.trans_conv(tokens[1:].T.unflatten(1, (side, side))[None])[0, 0]
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory):
+    """A folder of a CLIPModel with random weights, 11 blocks and patches of 16, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = tiny_processor().tokenizer
+    config = tiny_config(tokenizer)
+    vision = config.vision_config.to_dict() | {
+        "num_hidden_layers": 11,
+        "patch_size": 16,
+        "model_type": "clip_vision_model",
+    }
+    text = config.text_config.to_dict() | {"model_type": "clip_text_model"}
+    spread(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=48))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def released_file(path, width=16, refined=False, dtype=torch.float32, more=None, **options):
+    """Save a decoder as the authors did and give it back."""
+    torch.manual_seed(0)
+    decoder = spread(ReleasedDecoder(width, refined, **options)).to(dtype)
+    torch.save(decoder.state_dict() | (more or {}), path)
+    return decoder.float().eval()
+
+
+@pytest.mark.parametrize(
+    ("width", "refined", "dtype"), [(16, False, torch.float32), (64, False, torch.float16), (64, True, torch.float16)]
+)
+def test_logits_are_those_of_the_released_decoder(width, refined, dtype, tiny_clip, tmp_path, picture):
+    path = tmp_path / "rd.pth"
+    decoder = released_file(path, width, refined, dtype, more={"clip_model.logit_scale": torch.ones(())})
+    model, processor = load_model(path, clip=tiny_clip)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+    segmenter = Segmenter(model, processor, device="cpu")
+    segmenter.set_image(picture)
+    clip = CLIPModel.from_pretrained(tiny_clip)
+    pixels = to_pixels([picture], processor.image_processor)
+    assert pixels.shape == (1, 3, 352, 352)
+    with torch.no_grad():
+        hidden = clip.vision_model(pixels, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
+        tokens = processor.tokenizer("a small cat", return_tensors="pt")
+        condition = clip.get_text_features(**tokens).pooler_output[0]
+        # hidden_states begins with the embeddings: block i, counted from 0, gives number i + 1
+        expected = decoder([hidden[i + 1][0] for i in (3, 6, 9)], condition)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(segmenter.logits("a small cat")[0], expected, atol=2e-5, rtol=0)
+
+
+class _Executes:
+    def __reduce__(self):
+        return (os.system, ("touch executed",))
+
+
+def _pickle(path):
+    torch.save({"film_mul.weight": _Executes()}, path)
+
+
+def _truncated(path):
+    released_file(path)
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def _other(path):
+    torch.save({f"layer{i}.conv.weight": torch.zeros(1) for i in range(20)}, path)
+
+
+def _one_missing(path):
+    decoder = released_file(path)
+    torch.save({k: v for k, v in decoder.state_dict().items() if k != "blocks.1.norm2.bias"}, path)
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (_pickle, "would execute code"),
+        (_truncated, "damaged or no .pth file"),
+        (lambda path: path.write_bytes(b""), "damaged or no .pth file"),
+        (lambda path: path.write_text("<html>"), "damaged or no .pth file"),
+        (lambda path: torch.save([torch.zeros(1)], path), "hold a list"),
+        (lambda path: torch.save({"state_dict": {}}, path), "no plain table of tensors"),
+        (_other, r"missing blocks.0.* and \d+ more, unexpected layer0.conv.weight, .* and 12 more"),
+        (_one_missing, "missing blocks.1.norm2.bias, nothing unexpected"),
+        (lambda path: released_file(path, more={"reduce_cond.bias": torch.zeros(1)}), "unexpected reduce_cond.bias:"),
+        (lambda path: released_file(path, layers=2), "2 decoder layers"),
+        (lambda path: released_file(path, clip_width=32), r"do not fit CLIP .*\(16, 32\) in place of \(16, 64\)"),
+    ],
+)
+def test_other_files_are_refused(write, reason, tiny_clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "weights.pth")
+    with pytest.raises(InputError, match=reason) as caught:
+        load_model(tmp_path / "weights.pth", clip=tiny_clip)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_clip_of_another_kind_is_refused(tiny_folder, tiny_clip, tmp_path):
+    released_file(tmp_path / "rd.pth")
+    with pytest.raises(InputError, match="holds a 'clipseg' model: give one of model_type 'clip'"):
+        load_model(tmp_path / "rd.pth", clip=tiny_folder)
+    with pytest.raises(InputError, match="holds a 'clip' model: give one of model_type 'clipseg'"):
+        load_model(tiny_clip)
+
+
+def test_hub_models_come_from_the_cache_at_the_pinned_commit(tiny_folder, tmp_path):
+    """Offline, in a process of its own: what is cached loads, what is not is one clear error."""
+    pinned = "CIDAS/clipseg-rd64-refined"
+    assert len(REVISIONS[pinned]) == 40
+    shutil.copytree(tiny_folder, tmp_path / f"models--{pinned.replace('/', '--')}" / "snapshots" / REVISIONS[pinned])
+    code = f"""
+from clipseg_repro.errors import InputError
+from clipseg_repro.models import load_model
+print(load_model({pinned!r})[0].config.reduce_dim)
+try:
+    load_model("CIDAS/clipseg-rd16")
+except InputError as error:
+    print(error)
+"""
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    width, error = done.stdout.splitlines()
+    assert width == "64"
+    assert all(word in error for word in ("'CIDAS/clipseg-rd16'", f"cache {tmp_path}", "'mini'")), error
+
+
+# The archive
+
+
+def zipped(**members):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return content.getvalue()
+
+
+WEIGHTS = {name: os.urandom(30_000) for name in released.FILES}
+GOOD = zipped(
+    **{
+        "clipseg_weights/": b"",
+        "clipseg_weights/notes.txt": b"",
+        **{f"clipseg_weights/{k}": v for k, v in WEIGHTS.items()},
+    }
+)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A web server for the archive. `sends`: bytes of each answer that arrive before the line is cut, None for all."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            start = int(self.headers.get("Range", "bytes=0-")[6:-1]) if server.resumes else 0
+            server.starts.append(start)
+            self.send_response(206 if start else 200)
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}")
+            self.send_header("Content-Length", str(len(server.content) - start))
+            self.end_headers()
+            self.wfile.write(server.content[start:][: server.sends.pop(0) if server.sends else None])
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.content, server.sends, server.resumes, server.starts = GOOD, [], True, []
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(released, "ARCHIVE", f"http://127.0.0.1:{server.server_port}/download")
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def assert_complete(folder):
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == WEIGHTS
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_an_interrupted_download_is_resumed(server, tmp_path, resumes):
+    server.sends, server.resumes = [40_000], resumes
+    with pytest.raises(InputError, match="run the same command again; 32768 bytes are kept"):
+        released.fetch_weights(tmp_path / "weights")
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["weights.zip.part"]
+    paths = released.fetch_weights(tmp_path / "weights")
+    assert [path.name for path in paths] == list(released.FILES)
+    assert_complete(tmp_path / "weights")
+    assert server.starts == [0, 32_768 if resumes else 0]
+    released.fetch_weights(tmp_path / "weights")
+    assert len(server.starts) == 2  # nothing left to fetch
+
+
+def test_no_server_is_one_clear_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with pytest.raises(InputError, match=r"cannot fetch http://127.0.0.1:9/a.*check the network") as caught:
+        downloads.download("http://127.0.0.1:9/a", tmp_path / "a")
+    assert "\n" not in str(caught.value)
+
+
+def _link():
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name in released.FILES:
+            info = zipfile.ZipInfo(name)
+            info.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(info, "/etc/hostname")
+    return content.getvalue()
+
+
+def _flipped():
+    position = GOOD.index(WEIGHTS["rd16-uni.pth"])
+    return GOOD[:position] + bytes([GOOD[position] ^ 1]) + GOOD[position + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (zipped(**{"../rd64-uni.pth": b"x", **WEIGHTS}), r"point outside it \('../rd64-uni.pth'\)"),
+        (zipped(**{"/tmp/rd64-uni.pth": b"x", **WEIGHTS}), "point outside it"),
+        (_link(), "point outside it"),
+        (zipped(**{"rd64-uni.pth": b"x"}), "lacks rd64-uni-refined.pth, rd16-uni.pth"),
+        (GOOD[:-3000], "damaged"),
+        (_flipped(), "damaged.*rd16-uni.pth"),
+        (b"<html>Please log in</html>", "damaged"),
+    ],
+)
+def test_bad_archives_are_refused(server, tmp_path, content, reason):
+    server.content = content
+    folder = tmp_path / "weights"
+    with pytest.raises(InputError, match=reason):
+        released.fetch_weights(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+    assert not (folder / "weights.zip").exists()
+    assert not (folder / "rd16-uni.pth").exists()
+    server.content = GOOD  # and the next run is not spoilt
+    released.fetch_weights(folder)
+    assert_complete(folder)
