@@ -99,7 +99,7 @@ class Cycle:
         return replace(self, stages=tuple(stages))
 
 
-# About 75 minutes on two cores. First from nothing to scenes, names before details: captions with details before the
+# About 80 minutes on two cores. First from nothing to scenes, names before details: captions with details before the
 # towers agree on names slow everything down. Then at full size, gently: a second start at the full rate forgets the first.
 CYCLES = (
     Cycle(
@@ -303,7 +303,7 @@ def optimisers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
 def pretrain(folder: Path, seed: int = 0, budget: float = 1.0, device: str = "cpu") -> CLIPSegForImageSegmentation:
     """Pre-train the mini CLIP and save it as a `transformers` folder in `folder/model` (its decoder is untrained).
 
-    `budget` scales the number of images of every stage (1.0: about 75 minutes on two cores). The curve is in
+    `budget` scales the number of images of every stage (1.0: about 80 minutes on two cores). The curve is in
     `folder/curve.csv`; every cycle has a folder of its own there, with its checkpoint. Resumes exactly.
     """
     torch.manual_seed(seed)
@@ -321,7 +321,7 @@ def pretrain(folder: Path, seed: int = 0, budget: float = 1.0, device: str = "cp
                 curve[column] += curves[-1][column].iloc[-1] if curves else 0
             curves.append(curve)
     with written_whole(folder / "curve.csv") as temporary:
-        pd.concat(curves).to_csv(temporary, index=False)
+        pd.concat(curves).round(5).to_csv(temporary, index=False)
     rescale(model, fresh_scenes(LAST.last, LAST.size, 64)[0].to(device))
     model.save_pretrained(folder / "model")
     # A fresh one: tokenizing has left its truncation in the other.
