@@ -19,7 +19,7 @@ from transformers import (
     CLIPSegForImageSegmentation,
     CLIPSegProcessor,
     CLIPTokenizer,
-    ViTImageProcessor,
+    ViTImageProcessorPil,
 )
 from transformers.utils import logging
 
@@ -156,13 +156,12 @@ def _read_released(path, clip):
             f"need {CLIP}"
         )
     model.decoder.load_state_dict(tensors)
-    with _quiet():  # it falls back from torchvision to PIL, and says so
-        pixels = ViTImageProcessor(
-            size={"height": RELEASED_SIZE, "width": RELEASED_SIZE},
-            image_mean=list(IMAGENET_MEAN),
-            image_std=list(IMAGENET_STD),
-            resample=2,  # bilinear
-        )
+    pixels = ViTImageProcessorPil(
+        size={"height": RELEASED_SIZE, "width": RELEASED_SIZE},
+        image_mean=list(IMAGENET_MEAN),
+        image_std=list(IMAGENET_STD),
+        resample=2,  # bilinear
+    )
     return model, CLIPSegProcessor(image_processor=pixels, tokenizer=tokenizer)
 
 

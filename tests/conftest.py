@@ -11,7 +11,7 @@ from transformers import (
     CLIPSegForImageSegmentation,
     CLIPSegProcessor,
     CLIPTokenizerFast,
-    ViTImageProcessor,
+    ViTImageProcessorPil,
 )
 
 from clipseg_repro.models import load_model
@@ -41,7 +41,7 @@ def tiny_processor(size=112, context=48):
     tokenizer = CLIPTokenizerFast(
         vocab=state["vocab"], merges=[tuple(m) for m in state["merges"]], model_max_length=context
     )
-    image_processor = ViTImageProcessor(
+    image_processor = ViTImageProcessorPil(
         size={"height": size, "width": size}, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD), resample=2
     )
     return CLIPSegProcessor(image_processor=image_processor, tokenizer=tokenizer)
