@@ -155,7 +155,7 @@ def test_pretraining_runs_and_saves_a_loadable_folder(tmp_path):
     assert segmenter.model.config.vision_config.patch_size == 8
     curve = pd.read_csv(tmp_path / "curve.csv")
     assert list(curve) == ["step", "image", "patch", "top1", "patch_top1", "seconds"]
-    assert curve.step.tolist() == list(range(1, sum(len(cycle.stages) for cycle in mini.CYCLES) + 1))
+    assert curve.step.tolist() == np.cumsum([len(cycle.stages) for cycle in mini.CYCLES]).tolist()  # one row a cycle
     assert curve.seconds.is_monotonic_increasing
 
 

@@ -361,7 +361,7 @@ def _run_cycle(model, processor, folder: Path, cycle: Cycle, seed: int) -> pd.Da
 
     return fit(
         f"mini CLIP, {folder.name}", folder, batches, step, cycle.steps, {"model": model, **optimiser},
-        {"seed": seed} | asdict(cycle), validate=lambda: probe(model, processor), every=max(1, min(300, cycle.steps // 4)),
+        {"seed": seed} | asdict(cycle), validate=lambda: probe(model, processor), every=min(300, cycle.steps),
     )  # fmt: skip
 
 
