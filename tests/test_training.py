@@ -9,9 +9,10 @@ from clipseg_repro.errors import InputError
 from clipseg_repro.loop import fast_attention, fit
 from clipseg_repro.mini import pretrain as mini
 from clipseg_repro.mini.export import build
+from clipseg_repro.models import embed_images, embed_texts
 from clipseg_repro.protocols import absent_phrases, phrasecut
 from clipseg_repro.segmenter import load_segmenter
-from clipseg_repro.training import experiments, train
+from clipseg_repro.training import Batch, conditions, experiments, train
 
 
 class Killed(Exception):
@@ -112,6 +113,17 @@ def test_decoder_training_resumes_exactly_and_leaves_clip_alone(tiny_folder, dat
     for ours, theirs in zip(trained.model.clip.parameters(), source.model.clip.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert not torch.equal(decoder(tmp_path / "whole" / "model"), decoder(tiny_folder))
+
+
+def test_conditions_are_mixed_by_the_text_weight(tiny_model):
+    """text * w + visual * (1 - w); a sample without support is its text alone."""
+    model, processor = tiny_model
+    supports = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    texts, weights = ["a cat", "a dog", "a tree"], torch.tensor([0.25, 1.0, 0.5])
+    batch = Batch(None, None, texts, supports, torch.tensor([0, 2]), weights, None)
+    text, visual = embed_texts(model, processor, texts), embed_images(model, supports)
+    expected = [0.25 * text[0] + 0.75 * visual[0], text[1], 0.5 * text[2] + 0.5 * visual[1]]
+    torch.testing.assert_close(conditions(model, processor, batch), torch.stack(expected))
 
 
 def test_unknown_run_is_named(data, tmp_path):
