@@ -45,8 +45,8 @@ def random_weight(name, shape):
     values = torch.rand(shape, generator=generator).sub_(0.5).mul_(12**0.5)  # variance 1
     if len(shape) > 1:
         return values.mul_(values[0].numel() ** -0.5)  # keeps the variance of what it multiplies
-    scale = "norm" in name or "layrnorm" in name
-    return values.mul_(0.1).add_(1.0 if scale and name.endswith("weight") else 0.0)
+    is_scale = "norm" in name and name.endswith("weight")
+    return values.mul_(0.1).add_(1.0 if is_scale else 0.0)
 
 
 def set_random_weights(module, prefix=""):
