@@ -40,6 +40,13 @@ def at_ties(rng, shape=(48, 40)):
     return rng.choice(near, size=shape), rng.integers(0, 2, shape).astype(np.uint8)
 
 
+def flat_recall(rng, shape=(48, 40)):
+    """Two levels on the object, all levels on the background."""
+    target = scene(rng, shape)[1]
+    levels = rng.choice(np.array([0.305, 0.805], np.float32), size=shape)
+    return np.where(target == 1, levels, rng.random(shape)).astype(np.float32), target
+
+
 CASES = {
     "random": lambda rng: [scene(rng) for _ in range(6)],
     "weak": lambda rng: [scene(rng, skill=0.1) for _ in range(4)],
@@ -57,14 +64,22 @@ CASES = {
     "never confident": lambda rng: [(p * np.float32(0.29), t) for p, t in (scene(rng), scene(rng))],
     "perfect": lambda rng: [(t.astype(np.float32), t) for _, t in (scene(rng), scene(rng))],
     "classes": lambda rng: [scene(rng) for _ in range(7)],
+    # recall takes three values, so Simpson's rule meets many points of equal recall
+    "flat recall": lambda rng: [flat_recall(rng) for _ in range(3)],
+    "all at once": lambda rng: [
+        *(with_ignored(rng, at_ties(rng)) for _ in range(3)),
+        (at_ties(rng, (9, 11))[0], scene(rng)[1] * 0),  # resized ties, an empty mask: a class without object
+        (np.ones((5, 5), np.float32), np.ones((7, 5), np.uint8)),
+        (at_ties(rng)[0], np.full((48, 40), 255, np.uint8)),
+    ],
 }
+GROUPS = {"classes": [3, 0, 3, 5, 0, 0, 5], "all at once": [0, 3, 0, 6, 3, 6]}
 
 
 def case(name):
     """Maps, targets and class ids (or None) of a case, the same on every machine: seeded by the case's place."""
     pairs = CASES[name](np.random.default_rng(list(CASES).index(name)))
-    groups = [3, 0, 3, 5, 0, 0, 5] if name == "classes" else None
-    return [p for p, _ in pairs], [t for _, t in pairs], groups
+    return [p for p, _ in pairs], [t for _, t in pairs], GROUPS.get(name)
 
 
 def measure(maps, targets, groups=None, num_groups=None, convention="released"):
@@ -93,6 +108,12 @@ def test_equals_the_authors_figures(name):
         best = metrics.best(key)
         np.testing.assert_allclose([best["threshold"], best[key]], expected["best"][key], rtol=0, atol=1e-9)
     assert float(figures["ap"]) == pytest.approx(expected["ap"], abs=1e-9)
+
+
+def test_nothing_predicted_has_figures():
+    """A departure: the released code stops here ("no predictions is made")."""
+    figures = measure([np.full((4, 5), 0.01, np.float32)], [np.eye(4, 5, dtype=np.uint8)]).at(0.5)
+    assert figures == {"threshold": 0.5, "miou": 0, "iou_fg": 0, "iou_bin": pytest.approx(16 / 21 / 2), "ap": 0}
 
 
 def test_thresholds_are_the_released_ones():
@@ -144,7 +165,7 @@ def test_exact_ap_equals_scikit_learn(how, skill):
     assert float(ap) != float(measure(p, t).compute()["ap"])
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - {"only empty masks", "resized"}))
+@pytest.mark.parametrize("name", sorted(set(CASES) - {"only empty masks", "resized", "all at once"}))
 def test_exact_ap_equals_scikit_learn_on_hard_cases(name):
     maps, targets, _ = case(name)
     p, t = np.concatenate([m.ravel() for m in maps]), np.concatenate([m.ravel() for m in targets])

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.stats import binomtest, chisquare, kstest
+from scipy.stats import binomtest, chi2_contingency, chisquare, kruskal, ks_2samp, kstest
 from skimage.draw import polygon2mask
 
 from clipseg_repro.datasets.phrasecut import (
@@ -205,18 +205,19 @@ def draw(plus, n):
 
 
 def is_plausible(p):
+    """Tests are seeded; a p-value of 0.001 is 3.3 standard errors of a rate."""
     return p > 1e-3
 
 
 def test_negatives(many, draws):
     negatives = [(i, s) for i, s in draws if not s.mask.any()]
     assert is_plausible(binomtest(len(negatives), len(draws), 0.2).pvalue)
-    assert all(s.phrase != many.phrases[i] for i, s in negatives)
     assert all(s.phrase == many.phrases[i] for i, s in draws if s.mask.any())
     # the other phrase is uniform over the different phrases, however frequent each is
-    other = Counter(s.phrase for i, s in negatives if many.phrases[i] == "cat")
-    assert set(other) == {"dog", "owl"}
-    assert is_plausible(chisquare(list(other.values())).pvalue)
+    for own in many.by_phrase:
+        other = Counter(s.phrase for i, s in negatives if many.phrases[i] == own)
+        assert set(other) == set(many.by_phrase) - {own}
+        assert is_plausible(chisquare(list(other.values())).pvalue)
 
 
 def test_templates(draws):
@@ -225,34 +226,49 @@ def test_templates(draws):
     assert is_plausible(chisquare(list(counts.values())).pvalue)
 
 
-def test_supports_are_of_the_same_phrase(many, draws):
-    for _, s in draws:
-        assert (s.support is None) == (s.phrase == "owl")  # the unique phrase
-    seen = Counter()
-    for _, s in draws:
-        if s.phrase == "dog" and s.support:
-            assert s.support.image.shape == (30, 30, 3)
-            assert s.support.mask.shape == (30, 30)
-            assert s.support.mask.any()
-            seen[int(s.support.mask.sum())] += 1
-    assert set(seen) <= {12 * w for w in range(1, 13)}
-
-
-def test_supports_are_drawn_uniformly(many):
-    plus = PhraseCutPlus(many, negative=0, crop=False, seed=2)
-    left = Counter()  # uncropped, the square's left side tells the sample
-    for n in range(1200):
+def test_supports_are_drawn_uniformly_from_the_samples_of_the_phrase(many):
+    """Of the phrase that is asked for, in negatives too. As released, the query itself is among them."""
+    plus = PhraseCutPlus(many, crop=False, seed=2)
+    drawn, itself = {"cat": Counter(), "dog": Counter()}, []
+    for n in range(1500):
         s = draw(plus, n)
-        if s.phrase == "dog":
-            left[int(np.flatnonzero(s.support.mask.any(0))[0])] += 1
-    assert set(left) == {13, 15, 17}
-    assert is_plausible(chisquare(list(left.values())).pvalue)
+        assert (s.support is None) == (s.phrase == "owl")  # the unique phrase
+        if s.support:
+            support = (
+                int(np.flatnonzero(s.support.mask.any(0))[0]) // 2
+            )  # uncropped, the square's left side tells the sample
+            drawn[s.phrase][support] += 1
+            if s.phrase == "cat" and s.mask.any():
+                itself.append(support == plus.key(n)[1])
+    for phrase, counts in drawn.items():
+        assert sorted(counts) == many.by_phrase[phrase]
+        assert is_plausible(chisquare(list(counts.values())).pvalue)
+    assert is_plausible(binomtest(sum(itself), len(itself), 1 / 6).pvalue)
 
 
-def test_text_weights(draws):
-    weights = [s.text_weight for _, s in draws if s.support]
-    assert is_plausible(kstest(weights, "uniform", args=(0, 0.5)).pvalue)
-    assert {s.text_weight for _, s in draws if s.support is None} == {1.0}
+def test_supports_have_a_crop_of_their_own(draws):
+    supports = [s.support for _, s in draws if s.support]
+    assert all(s.image.shape == (30, 30, 3) and s.mask.shape == (30, 30) and s.mask.any() for s in supports)
+    assert len({int(np.flatnonzero(s.mask.any(0))[0]) for s in supports}) > 15
+
+
+def test_text_weights(many, draws):
+    """Uniform on (0, 1) as in the paper, unless told the released (0, 0.5)."""
+    plus = PhraseCutPlus(many, negative=0, crop=False, seed=3)
+    for high, samples in ((0.5, [s for _, s in draws]), (1.0, [draw(plus, n) for n in range(500)])):
+        weights = [s.text_weight for s in samples if s.support]
+        assert is_plausible(kstest(weights, "uniform", args=(0, high)).pvalue)
+        assert {s.text_weight for s in samples if s.support is None} == {1.0}
+
+
+def test_what_is_drawn_is_independent(draws):
+    """Whether negative, the template, and the text weight."""
+    forms = [t.format("cat") for t in TRAIN_TEMPLATES]
+    cats = [(not s.mask.any(), forms.index(s.text), s.text_weight) for _, s in draws if s.phrase == "cat"]
+    negative, form, weight = map(np.array, zip(*cats, strict=True))
+    assert is_plausible(chi2_contingency(np.histogram2d(negative, form, (2, 9))[0]).pvalue)
+    assert is_plausible(ks_2samp(weight[negative], weight[~negative]).pvalue)
+    assert is_plausible(kruskal(*(weight[form == k] for k in range(9))).pvalue)
 
 
 def test_plain_phrasecut_has_text_only(many):

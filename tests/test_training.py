@@ -10,10 +10,10 @@ from clipseg_repro.errors import InputError
 from clipseg_repro.loop import fast_attention, fit
 from clipseg_repro.mini import pretrain as mini
 from clipseg_repro.mini.export import build
-from clipseg_repro.models import embed_images, encode, load_model
+from clipseg_repro.models import embed_images, embed_texts, encode, load_model
 from clipseg_repro.protocols import absent_phrases, phrasecut
 from clipseg_repro.segmenter import load_segmenter
-from clipseg_repro.training import align_film, experiments, fresh_decoder, train
+from clipseg_repro.training import Batch, align_film, conditions, experiments, fresh_decoder, train
 
 
 class Killed(Exception):
@@ -142,6 +142,17 @@ def test_rescaling_leaves_clip_as_it_is(tiny_folder):
     assert after.std().item() == pytest.approx(1, abs=1e-5)
     torch.testing.assert_close(after, before / before.std(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(embed_images(model, pixels), embedded, atol=2e-3, rtol=1e-3)  # layer norm's epsilon
+
+
+def test_conditions_are_mixed_by_the_text_weight(tiny_model):
+    """text * w + visual * (1 - w); a sample without support is its text alone."""
+    model, processor = tiny_model
+    supports = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    texts, weights = ["a cat", "a dog", "a tree"], torch.tensor([0.25, 1.0, 0.5])
+    batch = Batch(None, None, texts, supports, torch.tensor([0, 2]), weights, None)
+    text, visual = embed_texts(model, processor, texts), embed_images(model, supports)
+    expected = [0.25 * text[0] + 0.75 * visual[0], text[1], 0.5 * text[2] + 0.5 * visual[1]]
+    torch.testing.assert_close(conditions(model, processor, batch), torch.stack(expected))
 
 
 def test_unknown_run_is_named(data, tmp_path):
