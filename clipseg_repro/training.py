@@ -117,9 +117,9 @@ def train(
     settings = experiments()[run] | budget | {"run": run, "seed": seed}
     steps = settings["iterations"]
     accelerator = Accelerator(mixed_precision="bf16")
-    frozen, _ = load_model(source)  # what no gradient reaches, at half precision
+    frozen, processor = load_model(source)  # what no gradient reaches, at half precision
     frozen.to(accelerator.device, torch.bfloat16)
-    model, processor = load_model(source)
+    model, untouched = load_model(source)  # tokenizing leaves its padding in a processor: this one is saved
     model = fresh_decoder(model, settings["reduce_dim"], seed).to(accelerator.device).requires_grad_(False)
     model.decoder.requires_grad_(True).train()
     data = PhraseCutPlus(
@@ -162,7 +162,7 @@ def train(
             settings, validate=lambda: validate(model, processor, val, validate_on), every=max(1, min(250, steps // 4)),
         )  # fmt: skip
     model.eval().save_pretrained(Path(folder) / "model")
-    processor.save_pretrained(Path(folder) / "model")
+    untouched.save_pretrained(Path(folder) / "model")
     return Segmenter(model, processor)
 
 
