@@ -51,7 +51,7 @@ SCALES = {
         model="mini",
         phrasecut=Path("mini/PhraseCut/VGPhraseCut_v0"),
         results=Path("."),
-        live_steps=100,
+        live_steps=200,
         training={"iterations": 4000, "phrases_per_image": 4, "film": "aligned"},
         build=_build_mini,
     ),
