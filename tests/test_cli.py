@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from clipseg_repro import load_segmenter, released, verify
 from clipseg_repro.cli import app
+from clipseg_repro.scales import SCALES
 
 
 @pytest.fixture
@@ -103,13 +104,8 @@ def test_train_passes_on_the_scale_and_the_budget(run, files, monkeypatch):
     monkeypatch.setattr("clipseg_repro.training.train", lambda *a, **k: given.update(arguments=a, **k))
     assert run("train", "clipseg-pc", "--steps", 5, "--seed", 3).exit_code == 0
     folders = (files / "data/mini/PhraseCut/VGPhraseCut_v0", files / "results/training/clipseg-pc")
-    assert given == {
-        "arguments": ("clipseg-pc", *folders),
-        "source": "mini",
-        "phrases_per_image": 4,
-        "iterations": 5,
-        "seed": 3,
-    }
+    asked = {"arguments": ("clipseg-pc", *folders), "source": "mini", "iterations": 5, "seed": 3}
+    assert given == SCALES["mini"].training | asked
 
 
 def test_data_weights_go_to_the_data_folder(run, files, monkeypatch):
