@@ -181,7 +181,7 @@ def align_film(model, activations: torch.Tensor, texts: torch.Tensor):
     `reduces[0]` and `film_mul` become the same D of CLIP's P joint dimensions (those in which `texts` (N, P) differ most,
     rotated at random), seen from the deepest `activations` (B, N, hidden) and from the condition; their products add up to
     the similarity. Nothing else changes. A decoder from random weights learns to mark any object, whatever the prompt, long
-    before it learns to choose (notebook 05).
+    before it learns to choose.
     """
     decoder, clip = model.decoder, model.clip
     width = model.config.reduce_dim

@@ -9,7 +9,9 @@ from clipseg_repro.datasets.phrasecut import PhraseCut
 from clipseg_repro.errors import InputError
 from clipseg_repro.loop import fast_attention, fit
 from clipseg_repro.mini import pretrain as mini
+from clipseg_repro.mini.curriculum import CYCLES, truth
 from clipseg_repro.mini.export import build
+from clipseg_repro.mini.phrases import Phrase
 from clipseg_repro.models import embed_images, embed_texts, encode, load_model
 from clipseg_repro.protocols import absent_phrases, phrasecut
 from clipseg_repro.segmenter import load_segmenter
@@ -166,7 +168,7 @@ def test_pretraining_runs_and_saves_a_loadable_folder(tmp_path):
     assert segmenter.model.config.vision_config.patch_size == 8
     curve = pd.read_csv(tmp_path / "curve.csv")
     assert list(curve) == ["step", "image", "patch", "top1", "patch_top1", "seconds"]
-    assert curve.step.tolist() == np.cumsum([len(cycle.stages) for cycle in mini.CYCLES]).tolist()  # one row a cycle
+    assert curve.step.tolist() == np.cumsum([len(cycle.stages) for cycle in CYCLES]).tolist()  # one row a cycle
     assert curve.seconds.is_monotonic_increasing
 
 
@@ -176,12 +178,12 @@ def test_truth_by_hand():
     objects = np.array([[cat, 1, 0], [dog, 0, 2], [cat, 0, 0]])  # a red cat and a large dog; a cat
     owners = np.array([0, 0, 1])
     phrases = [
-        mini.Phrase("red cat", frozenset([cat]), "cat", "red"),
-        mini.Phrase("cat", frozenset([cat]), "cat"),
-        mini.Phrase("cat left of the dog", frozenset([cat]), "cat", relation="left of", other=frozenset([dog])),
-        mini.Phrase("large dog", frozenset([dog]), "dog", size="large"),
+        Phrase("red cat", frozenset([cat]), "cat", "red"),
+        Phrase("cat", frozenset([cat]), "cat"),
+        Phrase("cat left of the dog", frozenset([cat]), "cat", relation="left of", other=frozenset([dog])),
+        Phrase("large dog", frozenset([dog]), "dog", size="large"),
     ]
-    true, unknown = mini.truth(objects, owners, phrases, [0, 1, 0, -1], 2)
+    true, unknown = truth(objects, owners, phrases, [0, 1, 0, -1], 2)
     assert true.tolist() == [[True, True, True, True], [False, True, False, False]]
     assert unknown.tolist() == [[False] * 4, [False, False, True, False]]
 
