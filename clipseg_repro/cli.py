@@ -1,4 +1,4 @@
-"""The command line: `clipseg-repro segment | data | train | evaluate | verify | reproduce`."""
+"""The command line: `clipseg-repro segment | data | train | evaluate | verify | bench | reproduce`."""
 
 import re
 from enum import StrEnum
@@ -178,7 +178,8 @@ def evaluate(
 
     chosen = get_scale(scale)
     chosen.prepare()
-    result = phrasecut(load_segmenter(source or chosen.model), PhraseCut(chosen.phrasecut, split), prompts=prompts)
+    segmenter = load_segmenter(source or chosen.model, dtype="float32")
+    result = phrasecut(segmenter, PhraseCut(chosen.phrasecut, split), prompts=prompts)
     typer.echo(result.table().round(3).to_string(index=False))
 
 
@@ -200,6 +201,18 @@ def verify(
             typer.echo(f"{word}  {check.name}: largest deviation {check.deviation:.2g} (tolerance {TOLERANCE:g})")
     if any(check.failed for check in checks):
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    scale: ScaleOption = ScaleName.mini,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each contestant; medians are reported.")] = 5,
+):
+    """Measure speed against the usual way of running the model; writes the tables that notebook 11 shows. Minutes."""
+    from clipseg_repro.bench import bench as run_bench
+
+    for table in run_bench(get_scale(scale), repeats):
+        typer.echo(table.to_string(index=False, float_format=lambda x: f"{x:.4g}") + "\n")
 
 
 @app.command()

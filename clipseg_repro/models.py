@@ -124,7 +124,10 @@ def _read_clipseg(name, **options):
     model, report = CLIPSegForImageSegmentation.from_pretrained(
         name, dtype=torch.float32, output_loading_info=True, **options
     )
-    return model, report, CLIPSegProcessor.from_pretrained(name, **options)
+    processor = CLIPSegProcessor.from_pretrained(name, **options)
+    # where torchvision is installed, transformers would resize with it, to slightly other pixels
+    processor.image_processor = ViTImageProcessorPil.from_dict(processor.image_processor.to_dict())
+    return model, report, processor
 
 
 def _read_clip(name, **options):

@@ -18,8 +18,8 @@ def load_segmenter(source="mini", device=None, dtype=None, clip=CLIP):
     """A Segmenter of `source`: "mini", a Hub id, a save_pretrained folder or one of the authors' .pth files, whose CLIP
     comes from `clip` (see `models.load_model`).
 
-    device: None picks CUDA, then MPS, then the CPU. dtype: None picks bfloat16 on CUDA where supported, else float32.
-    Both take torch's objects or their names ("cpu", "float32").
+    device: None picks CUDA, then MPS, then the CPU. dtype: None picks bfloat16 where the device has units for it (CUDA, CPU),
+    else float32; results that must be the same on every machine name float32. Both take torch's objects or their names ("cpu", "float32").
     """
     device = _device(device)
     dtype = _dtype(dtype, device)
@@ -31,12 +31,13 @@ class Segmenter:
 
     A prompt is a phrase (str), a VisualPrompt, a result of `interpolate`, or a tensor (P,), with P the model's projection_dim.
     Wherever `prompts` is asked for, a list of K prompts, a (K, P) tensor, or a single prompt (K = 1) will do.
-    `model` and `processor` are the transformers objects. Errors are InputErrors.
+    `model` and `processor` are the transformers objects. device and dtype: as `load_segmenter` takes them, but None leaves
+    the model where and as it is. Errors are InputErrors.
     """
 
     def __init__(self, model, processor, device=None, dtype=None):
-        device = _device(device)
-        self.model = model.to(device=device, dtype=_dtype(dtype, device)).eval()
+        device = _device(device or model.device)
+        self.model = model.to(device=device, dtype=_dtype(dtype or model.dtype, device)).eval()
         self.processor = processor
         self._texts = {}  # phrase -> embedding, oldest first
         self._activations = None
@@ -182,9 +183,16 @@ def _device(device):
     return device
 
 
+def _has_bfloat16_units(device):
+    if device.type == "cpu":
+        units = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not tell
+        return bool(units.get("amx_bf16") or units.get("avx512_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
 def _dtype(dtype, device):
     if dtype is None:
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if _has_bfloat16_units(device) else torch.float32
     value = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if value not in (torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"dtype '{dtype}' is not supported: use float32, bfloat16 or float16")

@@ -26,13 +26,13 @@ def test_folder_is_small_and_loads_with_transformers_alone():
     inputs = processor(text=names, images=[scene.image] * len(names), padding=True, return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs).logits
-    segmenter = load_segmenter(device="cpu")
+    segmenter = load_segmenter(device="cpu", dtype="float32")
     segmenter.set_image(scene.image)
     torch.testing.assert_close(segmenter.logits(names), logits, atol=1e-4, rtol=1e-5)
 
 
 def test_a_word_lights_up_its_object_and_neither_the_other_nor_the_background():
-    segmenter = load_segmenter(device="cpu")
+    segmenter = load_segmenter(device="cpu", dtype="float32")
     own, other, background = [], [], []
     for scene, names in scenes():
         segmenter.set_image(scene.image)

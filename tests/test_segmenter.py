@@ -171,7 +171,7 @@ def test_label_map(segmenter, picture):
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
 def test_reduced_precision_is_close(tiny_folder, picture, picture_mask, dtype):
     prompts = ["a cat", VisualPrompt(picture, picture_mask), VisualPrompt(picture, picture_mask, next(iter(RECIPES)))]
-    full, reduced = load_segmenter(tiny_folder, "cpu"), load_segmenter(tiny_folder, "cpu", dtype)
+    full, reduced = (load_segmenter(tiny_folder, "cpu", d) for d in ("float32", dtype))
     for segmenter in (full, reduced):  # another size than CLIP's own, so that positions are interpolated
         segmenter.processor.image_processor.size = {"height": 144, "width": 144}
     full.set_image(picture)
@@ -245,7 +245,7 @@ def test_transformers_loads_the_folder_too(tiny_folder, picture):
     inputs = AutoProcessor.from_pretrained(tiny_folder)(
         text=TEXTS, images=[picture] * 3, padding=True, return_tensors="pt"
     )
-    ours = load_segmenter(str(tiny_folder), device="cpu")
+    ours = load_segmenter(str(tiny_folder), device="cpu", dtype="float32")
     ours.set_image(picture)
     with torch.no_grad():
         _assert_equal(ours.logits(TEXTS), model(**inputs).logits)

@@ -98,7 +98,7 @@ def one_thread():
 
 
 def decoder(folder):
-    return torch.cat([p.flatten() for p in load_segmenter(str(folder)).model.decoder.parameters()])
+    return torch.cat([p.flatten() for p in load_segmenter(str(folder), dtype="float32").model.decoder.parameters()])
 
 
 def test_decoder_training_resumes_exactly_and_leaves_clip_alone(tiny_folder, data, tmp_path, monkeypatch, one_thread):
@@ -121,7 +121,7 @@ def test_decoder_training_resumes_exactly_and_leaves_clip_alone(tiny_folder, dat
             train("clipseg-pc+", data, tmp_path / "killed", **budget)
     train("clipseg-pc+", data, tmp_path / "killed", **budget)
     assert torch.equal(decoder(tmp_path / "whole" / "model"), decoder(tmp_path / "killed" / "model"))
-    trained, source = load_segmenter(str(tmp_path / "whole" / "model")), load_segmenter(str(tiny_folder))
+    trained, source = (load_segmenter(str(f), dtype="float32") for f in (tmp_path / "whole" / "model", tiny_folder))
     for ours, theirs in zip(trained.model.clip.parameters(), source.model.clip.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert not torch.equal(decoder(tmp_path / "whole" / "model"), decoder(tiny_folder))
