@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm.auto import tqdm
 from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPSegProcessor, ViTImageProcessorPil
 
@@ -254,7 +254,11 @@ def agreement_row(scale: Scale, dtype: torch.dtype) -> dict:
 
 def flops(call: Callable[[], object]) -> int:
     """Floating point operations of the matrix products, convolutions and attentions in a call."""
-    uncounted = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}  # by torch itself
+
+    def attention(query, key, value, *_, **__):
+        return sdpa_flop_count(query, key, value)
+
+    uncounted = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}  # by torch itself
     with FlopCounterMode(display=False, custom_mapping=uncounted) as counter, torch.no_grad():
         call()
     return counter.get_total_flops()
