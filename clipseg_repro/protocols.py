@@ -7,7 +7,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from clipseg_repro.errors import InputError
-from clipseg_repro.metrics import KEYS, SegmentationMetrics, bootstrap, threshold_counts
+from clipseg_repro.metrics import KEYS, SegmentationMetrics, bootstrap
 from clipseg_repro.prompts import DEFAULT_RECIPE, VisualPrompt, interpolate
 
 SIZE_BINS = {"small": (0.0, 0.04), "medium": (0.04, 0.12), "large": (0.12, 1.01)}  # share of the image's pixels
@@ -101,8 +101,9 @@ def phrasecut(
         for i, probability in zip(asked, segmenter.predict(given), strict=True):
             sample, mask = samples[i], masks[i]
             others = objects & ~mask
-            counts.append(threshold_counts(probability, sample.mask).numpy())
+            before = exact.counts.clone()
             exact.update(probability, sample.mask)
+            counts.append((exact.counts - before)[0].numpy())  # of this sample alone
             rows.append({
                 "index": i, "image_id": image_id, "phrase": sample.phrase, "category": _category(dataset.structures[i]),
                 "area": float(mask.mean()), "on_target": float(probability[mask].mean()) if mask.any() else np.nan,

@@ -12,6 +12,7 @@ CACHED_TEXTS = 4096  # embeddings kept, 2 KB each
 TEXT_BATCH = 256
 VISUAL_BATCH = 16
 PROMPT_BATCH = 32  # prompts decoded at once: some 300 MB at 352 px
+CACHED_BYTES = 12 * 2**20  # of the decoder's widest activations, on a CPU: more do not stay in its cache
 
 
 def load_segmenter(source="mini", device=None, dtype=None, clip=CLIP):
@@ -141,7 +142,11 @@ class Segmenter:
     def _decoded(self, conditions):
         """Logits in batches of bounded size: yields (<= PROMPT_BATCH, S, S) float32."""
         self._query_size()
-        for batch in conditions.split(PROMPT_BATCH):
+        at_once = PROMPT_BATCH
+        if self.device.type == "cpu":
+            tokens, width = self._activations[0].shape[1], self.model.config.decoder_intermediate_size
+            at_once = min(at_once, max(1, CACHED_BYTES // (tokens * width * self._activations[0].element_size())))
+        for batch in conditions.split(at_once):
             yield decode(self.model, self._activations, batch).float()
 
     def _maps(self, conditions):

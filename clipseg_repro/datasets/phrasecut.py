@@ -98,6 +98,7 @@ class PhraseCut:
             self.by_image.setdefault(task["image_id"], []).append(i)
         self._names = self._names_by_image()
         self.supported = [i for i, phrase in enumerate(self.phrases) if len(self.by_phrase[phrase]) > 1]
+        self._last = None, None  # image id and image: the phrases about an image are asked for together
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -135,6 +136,11 @@ class PhraseCut:
         return rasterise(task["polygons"], self._sizes[task["image_id"]])
 
     def _image(self, image_id: int) -> np.ndarray:
+        if self._last[0] != image_id:
+            self._last = image_id, self._read_image(image_id)
+        return self._last[1]
+
+    def _read_image(self, image_id: int) -> np.ndarray:
         path = self.folder / "images" / f"{image_id}.jpg"
         try:
             with Image.open(path) as picture:  # EXIF rotation is not applied: polygons are in stored pixels
