@@ -81,7 +81,7 @@ def segment(
     if support:
         given.append(VisualPrompt(support, mask))
     picture = load_image(image)
-    segmenter = load_segmenter(model)
+    segmenter = load_segmenter(model, dtype="float32")  # the same masks on every machine
     segmenter.set_image(picture)
     maps = segmenter.predict(given)
     names = [*(prompts or []), *([f"like {support.stem}"] if support else [])]

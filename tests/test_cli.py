@@ -43,7 +43,7 @@ def test_segment_writes_what_predict_gives(run, files, tiny_folder):
     kinds = ["mask", "overlay", "probability"]
     assert sorted(p.name for p in (files / "out").iterdir()) == [f"{s}_{k}.png" for s in stems for k in kinds]
 
-    segmenter = load_segmenter(tiny_folder)
+    segmenter = load_segmenter(tiny_folder, dtype="float32")
     segmenter.set_image("photo.png")
     expected = segmenter.predict("a cat")[0]
     probability = Image.open(files / "out/photo_1_a-cat_probability.png")
