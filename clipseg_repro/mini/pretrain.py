@@ -119,7 +119,7 @@ def optimisers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
 def pretrain(folder: Path, seed: int = 0, budget: float = 1.0, device: str = "cpu") -> CLIPSegForImageSegmentation:
     """Pre-train the mini CLIP and save it as a `transformers` folder in `folder/model` (its decoder is untrained).
 
-    `budget` scales the number of images of every stage (1.0: about 80 minutes on two cores). The curve is in
+    `budget` scales the number of images of every stage (1.0: about two and a half hours on two cores). The curve is in
     `folder/curve.csv`; every cycle has a folder of its own there, with its checkpoint. Resumes exactly.
     """
     torch.manual_seed(seed)
@@ -131,8 +131,8 @@ def pretrain(folder: Path, seed: int = 0, budget: float = 1.0, device: str = "cp
     model = build_model(processor.tokenizer).to(device)
     curves = []
     with fast_attention(model.clip):
-        for number, cycle in enumerate(CYCLES, start=1):
-            curve = _run_cycle(model, processor, folder / f"cycle-{number}", cycle.shortened(budget), seed)
+        for number, cycle in enumerate(CYCLES):  # each with scenes of its own
+            curve = _run_cycle(model, processor, folder / f"cycle-{number + 1}", cycle.shortened(budget), seed + number)
             for column in ("step", "seconds"):  # on from the cycle before
                 curve[column] += curves[-1][column].iloc[-1] if curves else 0
             curves.append(curve)
