@@ -1,11 +1,15 @@
 """The evaluation protocols of the paper's tables, one function each."""
 
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from clipseg_repro.datasets import Sample
 from clipseg_repro.errors import InputError
 from clipseg_repro.metrics import KEYS, SegmentationMetrics, bootstrap
 from clipseg_repro.prompts import DEFAULT_RECIPE, VisualPrompt, interpolate
@@ -80,8 +84,8 @@ def phrasecut(
     exact = SegmentationMetrics(convention="exact")
     rows, counts = [], []
     images = list(dataset.by_image.items())[:limit]
-    for image_id, indices in tqdm(images, desc=f"PhraseCut, {prompts} prompts", unit="image", mininterval=1):
-        samples = {i: dataset[i] for i in indices}
+    progress = tqdm(images, desc=f"PhraseCut, {prompts} prompts", unit="image", mininterval=1)
+    for image_id, samples in _read_ahead(dataset, progress):
         masks = {i: sample.mask == 1 for i, sample in samples.items()}
         asked, given = [], []
         for i, sample in samples.items():
@@ -112,6 +116,19 @@ def phrasecut(
     if not rows:
         raise InputError("no phrase to evaluate: the split is empty or, for visual prompts, no phrase occurs twice")
     return PhraseCutResult(prompts, pd.DataFrame(rows), np.stack(counts), exact)
+
+
+def _read_ahead(dataset, images: Iterable[tuple[int, list[int]]]) -> Iterator[tuple[int, dict[int, Sample]]]:
+    """(image id, {index: sample}) of each (image id, indices), read by a thread while the caller works on the one before."""
+    with ThreadPoolExecutor(1) as reader:
+        pending = deque()
+        for image_id, indices in images:
+            pending.append((image_id, reader.submit(lambda indices: {i: dataset[i] for i in indices}, indices)))
+            if len(pending) > 1:
+                image_id, samples = pending.popleft()
+                yield image_id, samples.result()
+        for image_id, samples in pending:
+            yield image_id, samples.result()
 
 
 def _category(structure: dict) -> str:

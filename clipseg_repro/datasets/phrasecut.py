@@ -136,9 +136,10 @@ class PhraseCut:
         return rasterise(task["polygons"], self._sizes[task["image_id"]])
 
     def _image(self, image_id: int) -> np.ndarray:
-        if self._last[0] != image_id:
-            self._last = image_id, self._read_image(image_id)
-        return self._last[1]
+        last = self._last
+        if last[0] != image_id:
+            last = self._last = image_id, self._read_image(image_id)
+        return last[1]  # not self._last[1], which another thread may have replaced
 
     def _read_image(self, image_id: int) -> np.ndarray:
         path = self.folder / "images" / f"{image_id}.jpg"
