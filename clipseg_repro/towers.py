@@ -170,5 +170,5 @@ def _renamed(state: dict[str, torch.Tensor], names, path):
         )
     tensors = {}
     for theirs, ours in names.items():
-        tensors |= zip(ours, state[theirs].chunk(len(ours)))
+        tensors |= zip(ours, state[theirs].chunk(len(ours)) if len(ours) > 1 else [state[theirs]])
     return tensors

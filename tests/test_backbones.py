@@ -20,8 +20,8 @@ from transformers import CLIPSegForImageSegmentation
 from clipseg_repro import Segmenter, VisualPrompt, interpolate, load_segmenter, models
 from clipseg_repro.datasets.phrasecut import PhraseCut, PhraseCutPlus
 from clipseg_repro.errors import InputError
+from clipseg_repro.mini import curriculum, pretrain
 from clipseg_repro.mini import towers as mini_towers
-from clipseg_repro.mini.curriculum import CYCLES
 from clipseg_repro.mini.export import build
 from clipseg_repro.models import decode, embed_images, embed_texts, encode, load_model
 from clipseg_repro.scales import SCALES, get_scale
@@ -336,8 +336,10 @@ def test_examples_alone_leave_out_what_has_none(data):
 
 
 @pytest.mark.parametrize("name", ["mini-resnet-clip", "mini-vit"])
-def test_mini_towers_are_made_and_segment(name, tmp_path, picture):
-    """One batch of every stage; the images of the last are 112 px."""
+def test_mini_towers_are_made_and_segment(name, tmp_path, picture, monkeypatch):
+    """One batch of every stage, and a curve that looks at few scenes; the images of the last stage are 112 px."""
+    for module in (pretrain, mini_towers):
+        monkeypatch.setattr(module, "fresh_scenes", lambda rules, size, scenes: curriculum.fresh_scenes(rules, size, 8))
     mini_towers.PRETRAINING[name](tmp_path, budget=1e-6)
     segmenter = load_segmenter(tmp_path / "model", device="cpu")
     segmenter.set_image(picture)
@@ -345,7 +347,7 @@ def test_mini_towers_are_made_and_segment(name, tmp_path, picture):
     (wanted,) = [model for model, source in SCALES["mini"].sources.items() if source.parent.name == name]
     assert segmenter.model.config.model_type == wanted
     rows = (tmp_path / "curve.csv").read_text().splitlines()
-    assert len(rows) == 1 + len(CYCLES)
+    assert len(rows) == 1 + len(curriculum.CYCLES)
 
 
 @pytest.mark.parametrize("kind", ["clip-deconv", "vitseg", "clipseg-resnet"])
@@ -354,6 +356,8 @@ def test_paper_sizes(kind):
     options = {"vision_config": {"patch_size": 16}} if kind == "clip-deconv" else {}
     if kind == "vitseg":
         options["vision_config"] = {"patch_size": 16, "image_size": 384}
+    if kind == "clipseg-resnet":
+        options["text_config"] = {"hidden_size": 640, "intermediate_size": 2560, "num_attention_heads": 10}
     config = MODELS[kind].config_class(**options)
     with torch.device("meta"):
         model = MODELS[kind](config).eval()

@@ -34,7 +34,7 @@ VIT = {"img_size": 64, "patch_size": 16, "embed_dim": 128, "depth": 2, "num_head
 RESNET = {
     "embed_dim": 48,
     "vision_cfg": {"layers": (1, 1, 1, 1), "width": 16, "image_size": 64},
-    "text_cfg": {"context_length": 8, "vocab_size": 300, "width": 64, "heads": 1, "layers": 2},
+    "text_cfg": {"context_length": 4, "vocab_size": 300, "width": 64, "heads": 1, "layers": 2},
 }
 
 
