@@ -102,6 +102,8 @@ class _Variant(CLIPSegPreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
+        # the decoder's blocks have a copy of this config; in CLIPSeg the vision tower sets it
+        config.vision_config._attn_implementation = config._attn_implementation
         self.backbone = self.backbone_class(config)
         self.decoder = self.decoder_class(config)
         self.post_init()

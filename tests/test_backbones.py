@@ -28,6 +28,7 @@ from clipseg_repro.scales import SCALES, get_scale
 from clipseg_repro.towers import FILES, read_tower
 from clipseg_repro.training import experiments, fresh_decoder, train
 from clipseg_repro.variants import MODELS, ClipDeconv, ClipDeconvDecoder, ViTSegDecoder, adapted, backbone
+from clipseg_repro.visual_prompting import name_probabilities
 
 STORED = Path(__file__).parent / "data" / "backbones.json"
 TOKENS = [[298, 5, 17, 299], [298, 200, 299, 0]]  # of 300 words, the last of which ends a text
@@ -275,6 +276,8 @@ def test_what_a_model_cannot_do_is_said(folders, tiny_folder):
         embed_images(vitseg, torch.zeros(1, 3, 112, 112), torch.ones(1, 112, 112), ("cls", "last"))
     with pytest.raises(InputError, match="source is a 'clipseg' model, and this run trains a 'vitseg'"):
         adapted(load_model(tiny_folder)[0], "vitseg")
+    with pytest.raises(InputError, match="a 'vitseg' model cannot name images"):
+        name_probabilities(Segmenter(vitseg, processor, device="cpu"), [], ["cat"])
     processor.image_processor.size = {"height": 128, "width": 128}
     processor.save_pretrained(folders["vitseg"])
     with pytest.raises(InputError, match="makes images of 128 px, the model takes 112"):
@@ -346,6 +349,9 @@ def test_mini_towers_are_made_and_segment(name, tmp_path, picture, monkeypatch):
     assert segmenter.logits("a cat").shape == (1, 112, 112)
     (wanted,) = [model for model, source in SCALES["mini"].sources.items() if source.parent.name == name]
     assert segmenter.model.config.model_type == wanted
+    if wanted == "vitseg":  # as the mini CLIP's; batch norm does it for the ResNet
+        *_, deepest = encode(segmenter.model, curriculum.fresh_scenes(curriculum.LAST.last, 112, 8)[0])
+        assert deepest.std().item() == pytest.approx(1, abs=0.01)
     rows = (tmp_path / "curve.csv").read_text().splitlines()
     assert len(rows) == 1 + len(curriculum.CYCLES)
 

@@ -203,18 +203,28 @@ def _run_cycle(name, folder: Path, cycle: Cycle, seed: int, model, optimiser, lo
 
 
 @torch.no_grad()
-def rescale(model: CLIPSegForImageSegmentation, pixel_values: torch.Tensor):
-    """Scale the vision tower's residual stream so that its deepest activations have unit variance on `pixel_values`.
+def rescale(model: PreTrainedModel, pixel_values: torch.Tensor):
+    """Scale a ViT's residual stream so that its deepest activations have unit variance on `pixel_values`.
 
-    Every block reads the stream through a layer norm, so CLIP's embeddings stay as they are; but Muon lets the stream grow
+    Every block reads the stream through a layer norm, so embeddings stay as they are; but Muon lets the stream grow
     to tens of units, and a decoder that reads it with fresh weights would drown in it.
     """
     *_, deepest = encode(model, pixel_values)
-    vision, factor = model.clip.vision_model, 1 / deepest.std()
-    writers = [w for block in vision.encoder.layers for w in (block.self_attn.out_proj, block.mlp.fc2)]
-    for module in (vision.pre_layrnorm, *writers):
-        module.weight.mul_(factor)
-        module.bias.mul_(factor)
+    factor = 1 / deepest.std()
+    for parameter in _stream_writers(model):
+        parameter.mul_(factor)
+
+
+def _stream_writers(model) -> list[nn.Parameter]:
+    if model.config.model_type == "vitseg":
+        vit = model.backbone.vit
+        start = [*vit.embeddings.parameters()]
+        writers = [w for block in vit.layers for w in (block.attention.o_proj, block.mlp.fc2)]
+    else:
+        vision = model.clip.vision_model
+        start = [*vision.pre_layrnorm.parameters()]
+        writers = [w for block in vision.encoder.layers for w in (block.self_attn.out_proj, block.mlp.fc2)]
+    return start + [parameter for writer in writers for parameter in writer.parameters()]
 
 
 @torch.inference_mode()
