@@ -12,6 +12,7 @@ import os
 import pickle
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -23,8 +24,7 @@ CLIPSEG = Path(sys.argv[1]).resolve()
 library = torch.library.Library("torchvision", "DEF")  # a torchvision for another build of torch can be imported then
 library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-import open_clip  # noqa: E402
-import timm  # noqa: E402
+open_clip, timm = import_module("open_clip"), import_module("timm")  # by name: no dependencies of the project
 
 sys.path[:0] = [str(HERE.parent)]
 import test_backbones as cases  # noqa: E402
