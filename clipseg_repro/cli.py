@@ -136,29 +136,36 @@ def data_weights(
 
 @app.command()
 def train(
-    run: Annotated[str, typer.Argument(help="mini-clip (pre-training), or a run of experiments.yaml: clipseg-pc+ ...")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="A run of experiments.yaml (clipseg-pc+, clip-deconv, vitseg-pc+ ...), or pre-training: mini-clip, "
+            "mini-resnet-clip (for clipseg-rn50x4-pc+), mini-vit (for vitseg-...)."
+        ),
+    ],
     scale: ScaleOption = ScaleName.mini,
-    source: Annotated[str | None, typer.Option(help="Whose CLIP the decoder reads; the scale's model if none.")] = None,
+    source: Annotated[str | None, typer.Option(help="Whose backbone the decoder reads; the scale's if none.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimisation steps, instead of the run's own.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed gives another model.")] = 0,
 ):
     """Train a model, saved in results/training/RUN with its curve and checkpoint; goes on where it was stopped."""
     from clipseg_repro import training
+    from clipseg_repro.mini.towers import PRETRAINING
 
     chosen = get_scale(scale)
     folder = chosen.results / "training" / run
-    if run == "mini-clip":
-        from clipseg_repro.mini.pretrain import pretrain
-
+    if run in PRETRAINING:
         if source or steps:
-            raise InputError("mini-clip starts from nothing and has its own curriculum: leave out --source and --steps")
-        pretrain(folder, seed=seed)
+            raise InputError(f"{run} starts from nothing and has its own curriculum: leave out --source and --steps")
+        PRETRAINING[run](folder, seed=seed)
     else:
         if run not in training.experiments():  # before the data are built
-            raise InputError(f"unknown run '{run}': choose one of mini-clip, {', '.join(training.experiments())}")
+            known = [*PRETRAINING, *training.experiments()]
+            raise InputError(f"unknown run '{run}': choose one of {', '.join(known)}")
+        source = source or chosen.source(training.experiments()[run]["model"])  # likewise
         chosen.prepare()
         budget = chosen.training | ({"iterations": steps} if steps else {})
-        training.train(run, chosen.phrasecut, folder, source=source or chosen.model, seed=seed, **budget)
+        training.train(run, chosen.phrasecut, folder, source=source, seed=seed, **budget)
     typer.echo(f"The model is in {folder / 'model'}")
 
 

@@ -1,8 +1,9 @@
-"""Loading CLIPSeg, and its forward pass in the pieces that everything else is made of: encode, embed, decode.
+"""Loading models, and their forward pass in the pieces that everything else is made of: encode, embed, decode.
 
-The modules and their weights are those of transformers' CLIPSegForImageSegmentation; the functions here call them in
+CLIPSeg is transformers' CLIPSegForImageSegmentation, with its modules and weights; the functions here call them in
 another order. `decode(encode(image), condition)` equals the library's forward, but one image serves any number of
-conditions. Symbols in shapes: B images, K conditions, N tokens (1 + patches), P = projection_dim, S = input side in pixels.
+conditions. The baselines and the other backbone (variants.MODELS) are driven by the same functions. Symbols in shapes:
+B images, K conditions, N tokens (1 + patches), P = projection_dim, S = input side in pixels.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import re
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import (
     CLIPModel,
@@ -26,6 +28,8 @@ from transformers.utils import logging
 from clipseg_repro.errors import InputError
 from clipseg_repro.prompts import IMAGENET_MEAN, IMAGENET_STD, RELEASED_SIZE, input_size
 from clipseg_repro.released import read_decoder
+from clipseg_repro.towers import FILES, read_tower
+from clipseg_repro.variants import MODELS, backbone
 
 MINI = Path(__file__).parent / "weights" / "mini"
 CLIP = "openai/clip-vit-base-patch16"
@@ -36,23 +40,36 @@ REVISIONS = {
     "CIDAS/clipseg-rd64": None,  # its commits could not be looked up when this was written
     "CIDAS/clipseg-rd16": None,  # likewise
     CLIP: "57c216476eefef5ab752ec549e440a49ae4ae5f3",
+    **dict.fromkeys(FILES),  # likewise
 }
 
+RANDOM_SEED = 0  # of weights that stay random: a CLIP without pre-training, and ViTSeg's linear layer
 
-def load_model(source="mini", clip=CLIP):
-    """(CLIPSegForImageSegmentation in float32 and eval mode, CLIPSegProcessor).
+
+def load_model(source="mini", clip=CLIP, pretrained=True):
+    """(one of variants.MODELS in float32 and eval mode, CLIPSegProcessor).
 
     `source` is "mini" (shipped with the package), a folder written by `save_pretrained`, a Hub id such as
-    "CIDAS/clipseg-rd64-refined", or one of the authors' `.pth` files. Those hold the decoder only: `clip`, a Hub id or a
-    `save_pretrained` folder of a CLIPModel and its tokenizer, gives the rest; no other source reads it. A model that is in the
-    Hub's cache is not fetched again. Raises InputError if a source is unknown, damaged or another architecture.
+    "CIDAS/clipseg-rd64-refined", or a file: one of the authors' `.pth` files, or the image tower of ViTSeg or of RN50x4 as a
+    safetensors file, which the Hub ids of towers.FILES stand for too. The authors' files hold the decoder only: `clip`, a Hub id
+    or a `save_pretrained` folder of a CLIPModel and its tokenizer, gives the rest. It gives ViTSeg's text tower and RN50x4's tokenizer
+    too, whose decoders are untrained; no other source reads it. `pretrained=False` keeps the architecture and draws all weights at random,
+    the same in every call ("no CLIP pre-training" in the paper's Table 9). A model that is in the Hub's cache is not
+    fetched again. Raises InputError if a source is unknown, damaged or another architecture.
     """
     if source == "mini" and not (MINI / "model.safetensors").is_file():
         raise InputError(
             f"the mini model's weights are missing from {MINI}: reinstall the package or give another source"
         )
     path = MINI if source == "mini" else Path(source)
-    model, processor = _read_released(path, clip) if path.is_file() else _pretrained(_read_clipseg, path, "clipseg")
+    if str(source) in FILES:
+        path, _ = _pretrained(_read_file, source, *MODELS)
+    if path.suffix == ".safetensors" and path.is_file():
+        model, processor = _read_tower(path, clip)
+    elif path.is_file():
+        model, processor = _read_released(path, clip)
+    else:
+        model, processor = _pretrained(_read_segmentation, path, *MODELS)
     words, known = len(processor.tokenizer), model.config.text_config.vocab_size
     if words != known:  # without its files, transformers makes an empty tokenizer and says nothing
         raise InputError(
@@ -64,16 +81,31 @@ def load_model(source="mini", clip=CLIP):
         raise InputError(
             f"model '{source}': input size {size} is no multiple of the patch size {patch}: correct the processor"
         )
-    for layer in model.decoder.layers:  # ReLU: the same numbers, less memory to move
-        layer.mlp.activation_fn = torch.nn.ReLU(inplace=True)
+    if size != getattr(model.config, "input_size", size):
+        raise InputError(
+            f"model '{source}': its processor makes images of {size} px, the model takes {model.config.input_size}: "
+            "correct the processor"
+        )
+    if not pretrained:
+        model = _random(type(model), model.config)
+    for module in model.decoder.modules():
+        if isinstance(module, torch.nn.ReLU):
+            module.inplace = True  # the same numbers, less memory to move
     return model.eval(), processor
 
 
-def _pretrained(read, source, kind):
-    """read(...) of a folder that holds a model of that `kind` (config.json's model_type), or of a Hub id."""
+def _random(kind, config):
+    """A model with the weights that RANDOM_SEED gives; the caller's random numbers are not touched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        return kind(config)
+
+
+def _pretrained(read, source, *kinds):
+    """read(...) of a folder that holds a model of those `kinds` (config.json's model_type), or of a Hub id."""
     path, name = Path(source), str(source)
     if path.is_dir():
-        _check_folder(path, kind)
+        _kind(path, kinds)
         failure = f"model folder '{name}' is damaged or incomplete: save or copy it again"
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         failure = (
@@ -105,8 +137,8 @@ def _pretrained(read, source, kind):
     return model, rest
 
 
-def _check_folder(path, kind):
-    """Fail early, with the reason, on a folder of another kind of model."""
+def _kind(path, kinds):
+    """The model_type of a folder; fails early, with the reason, on one that is not among `kinds`."""
     try:
         found = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
     except FileNotFoundError:
@@ -117,15 +149,16 @@ def _check_folder(path, kind):
         raise InputError(
             f"model folder '{path}' has a damaged config.json ({error!r}): save or copy it again"
         ) from None
-    if found != kind:
-        raise InputError(f"model folder '{path}' holds a '{found}' model: give one of model_type '{kind}'")
+    if found not in kinds:
+        listed = ", ".join(f"'{kind}'" for kind in kinds)
+        raise InputError(f"model folder '{path}' holds a '{found}' model: give one of model_type {listed}")
+    return found
 
 
-def _read_clipseg(name, **options):
+def _read_segmentation(name, **options):
+    kind = _kind(Path(name), MODELS) if Path(name).is_dir() else "clipseg"  # on the Hub there is no other
     # float32 by name: transformers 5 would keep the precision of the file
-    model, report = CLIPSegForImageSegmentation.from_pretrained(
-        name, dtype=torch.float32, output_loading_info=True, **options
-    )
+    model, report = MODELS[kind].from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
     processor = CLIPSegProcessor.from_pretrained(name, **options)
     # where torchvision is installed, transformers would resize with it, to slightly other pixels
     processor.image_processor = ViTImageProcessorPil.from_dict(processor.image_processor.to_dict())
@@ -137,9 +170,60 @@ def _read_clip(name, **options):
     return model, report, CLIPTokenizer.from_pretrained(name, **options)
 
 
-def _read_released(path, clip):
-    """(model, processor) of one of the authors' files and the CLIP that it was trained on."""
-    options, tensors = read_decoder(path)  # before CLIP: its errors are cheaper
+_COMPLETE = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), ())  # the report on what is no model
+
+
+def _read_tokenizer(name, **options):
+    return CLIPTokenizer.from_pretrained(name, **options), _COMPLETE, None
+
+
+def _read_file(name, **options):
+    return Path(hf_hub_download(name, FILES[name], **options)), _COMPLETE, None
+
+
+def _read_tower(path, clip):
+    """(model with an untrained decoder, processor) of an image tower and what it needs of a CLIP."""
+    kind, options, tensors = read_tower(path)
+    if kind == "vitseg":
+        text, processor = _over_clip(clip)
+        shared = ("text_config", "projection_dim", "extract_layers")
+        options |= {name: text.config.to_dict()[name] for name in shared} | {"input_size": RELEASED_SIZE}
+        if max(options["extract_layers"]) >= options["vision_config"]["num_hidden_layers"]:
+            raise InputError(
+                f"weights '{path}' have too few layers for {options['extract_layers']}: give {', '.join(FILES)}"
+            )
+        tensors |= {
+            k: v for k, v in text.clip.state_dict().items() if k.startswith(("text_model.", "text_projection."))
+        }
+    else:
+        tokenizer, _ = _pretrained(_read_tokenizer, clip, "clip")
+        processor = CLIPSegProcessor(image_processor=_released_pixels(), tokenizer=tokenizer)
+        options["text_config"] |= {f"{x}_token_id": getattr(tokenizer, f"{x}_token_id") for x in ("bos", "eos", "pad")}
+    model = _random(MODELS[kind], MODELS[kind].config_class(**options))
+    own = model.backbone.state_dict()
+    wrong = [
+        f"{k} {tuple(v.shape)} in place of {tuple(own[k].shape)}" for k, v in tensors.items() if v.shape != own[k].shape
+    ]
+    if wrong:
+        raise InputError(f"weights '{path}' do not fit together ({wrong[0]}): give the files of {', '.join(FILES)}")
+    # strict but for ViTSeg's random layer and the counts of batch norm: read_tower has accounted for the file's keys
+    left = [k for k in own.keys() - tensors.keys() if not k.startswith("projection.") and "num_batches" not in k]
+    assert not left, left
+    model.backbone.load_state_dict(tensors, strict=False)
+    return model, processor
+
+
+def _released_pixels():
+    return ViTImageProcessorPil(
+        size={"height": RELEASED_SIZE, "width": RELEASED_SIZE},
+        image_mean=list(IMAGENET_MEAN),
+        image_std=list(IMAGENET_STD),
+        resample=2,  # bilinear
+    )
+
+
+def _over_clip(clip, **options):
+    """(CLIPSegForImageSegmentation on CLIP `clip` with an untrained decoder, processor as released)."""
     towers, tokenizer = _pretrained(_read_clip, clip, "clip")
     config = CLIPSegConfig(
         text_config=towers.config.text_config.to_dict(),
@@ -149,6 +233,14 @@ def _read_released(path, clip):
     )
     model = CLIPSegForImageSegmentation(config)
     model.clip.load_state_dict(towers.state_dict())
+    return model, CLIPSegProcessor(image_processor=_released_pixels(), tokenizer=tokenizer)
+
+
+def _read_released(path, clip):
+    """(model, processor) of one of the authors' files and the CLIP that it was trained on."""
+    options, tensors = read_decoder(path)  # before CLIP: its errors are cheaper
+    model, processor = _over_clip(clip, **options)
+    config = model.config
     wanted = {name: tuple(tensor.shape) for name, tensor in model.decoder.state_dict().items()}
     wrong = [
         f"{k} {tuple(tensor.shape)} in place of {wanted[k]}"
@@ -161,13 +253,7 @@ def _read_released(path, clip):
             f"need {CLIP}"
         )
     model.decoder.load_state_dict(tensors)
-    pixels = ViTImageProcessorPil(
-        size={"height": RELEASED_SIZE, "width": RELEASED_SIZE},
-        image_mean=list(IMAGENET_MEAN),
-        image_std=list(IMAGENET_STD),
-        resample=2,  # bilinear
-    )
-    return model, CLIPSegProcessor(image_processor=pixels, tokenizer=tokenizer)
+    return model, processor
 
 
 @contextlib.contextmanager
@@ -184,53 +270,12 @@ def _quiet():
             logging.enable_progress_bar()
 
 
-def _block_outputs(model, pixel_values, keep=None, attention=None):
-    """Yield (B, N, hidden) after each block of the image tower; blocks run only as far as the caller iterates."""
-    vision = model.clip.vision_model
-    patch, (height, width) = model.config.vision_config.patch_size, pixel_values.shape[2:]
-    if height != width or height % patch:
-        raise InputError(
-            f"input of {height} x {width} px: this model takes squares whose side is a multiple of its patch size {patch}"
-        )
-    hidden = vision.pre_layrnorm(vision.embeddings(pixel_values, interpolate_pos_encoding=True))
-    rows, layers = attention or (None, None)
-    blocks = vision.encoder.layers
-    for index, block in enumerate(blocks):
-        masked = layers == "all" or (layers == "last" and index == len(blocks) - 1)
-        hidden = _masked_block(block, hidden, keep, rows) if masked else block(hidden, attention_mask=None)
-        yield hidden
-
-
-def _masked_block(block, hidden, keep, rows):
-    """One encoder block whose attention logits on the patches outside `keep` (B, N - 1) are multiplied by 0."""
-    attention = block.self_attn
-    x = block.layer_norm1(hidden)
-    query, key, value = (
-        project(x).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    logits = query @ key.transpose(-1, -2) * attention.scale
-    # as released: "patches" leaves the CLS row alone, and no row loses its view of the CLS token
-    selected = slice(0, 1) if rows == "cls" else slice(1, None)
-    logits[:, :, selected, 1:] *= keep[:, None, None].to(logits.dtype)
-    mixed = logits.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
-    hidden = hidden + attention.out_proj(mixed.transpose(1, 2).flatten(2))
-    return hidden + block.mlp(block.layer_norm2(hidden))
-
-
 @torch.no_grad()
 def encode(model, pixel_values):
-    """The activations that the decoder reads: a list of (B, N, hidden), in the order of config.extract_layers.
+    """The activations that the decoder reads: a list of (B, N, width), in the order of config.extract_layers.
 
     `pixel_values` is (B, 3, S, S). The image tower runs only up to the deepest extracted layer."""
-    wanted = list(model.config.extract_layers)
-    found = {}
-    for index, hidden in enumerate(_block_outputs(model, pixel_values)):
-        if index in wanted:
-            found[index] = hidden
-        if index == max(wanted):
-            break
-    return [found[index] for index in wanted]
+    return backbone(model).activations(pixel_values)
 
 
 @torch.no_grad()
@@ -238,13 +283,9 @@ def embed_images(model, pixel_values, masks=None, attention=None):
     """Image embeddings (B, P), un-normalised, of `pixel_values` (B, 3, S, S).
 
     With `attention` (rows, layers) as in prompts.Recipe, `masks` (B, S, S) bool restricts CLIP's attention. The masks are sampled
-    to the patch grid (nearest, as released). Every image gets its own mask; the released code mixes the masks of a batch up."""
-    if attention is None:
-        return model.clip.get_image_features(pixel_values).pooler_output
-    grid = pixel_values.shape[-1] // model.config.vision_config.patch_size
-    keep = torch.nn.functional.interpolate(masks[:, None].float(), (grid, grid)).flatten(1).to(pixel_values.device)
-    *_, hidden = _block_outputs(model, pixel_values, keep, attention)
-    return model.clip.visual_projection(model.clip.vision_model.post_layernorm(hidden[:, 0]))
+    to the patch grid (nearest, as released). Every image gets its own mask; the released code mixes the masks of a batch up.
+    Only CLIP's ViT can do that: of other backbones, `attention` raises InputError."""
+    return backbone(model).embed_images(pixel_values, masks, attention)
 
 
 @torch.no_grad()
@@ -263,7 +304,7 @@ def embed_texts(model, processor, texts):
             f"prompt '{longest[:40]}...' has {int(lengths.max())} tokens, the text tower reads at most {limit}: shorten it"
         )
     tokens = {name: tokens[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    return model.clip.get_text_features(**tokens).pooler_output
+    return backbone(model).embed_texts(**tokens)
 
 
 def decode(model, activations, conditions):

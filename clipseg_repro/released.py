@@ -44,8 +44,8 @@ def read_decoder(path):
     unexpected = sorted(k for k in released.keys() - names.keys() if not any(re.fullmatch(u, k) for u in UNUSED))
     if missing or unexpected:
         raise InputError(
-            f"weights '{path}' are not those of a CLIPSeg decoder: {_listed('missing', missing)}, "
-            f"{_listed('unexpected', unexpected)}: give one of the authors' files ({', '.join(FILES)})"
+            f"weights '{path}' are not those of a CLIPSeg decoder: {listed('missing', missing)}, "
+            f"{listed('unexpected', unexpected)}: give one of the authors' files ({', '.join(FILES)})"
         )
     if layers != len(EXTRACT_LAYERS):
         raise InputError(
@@ -86,7 +86,8 @@ def _names(layers, refined):
     return names | {f"{theirs}.{k}": [f"{ours}.{k}"] for theirs, ours in modules.items() for k in ("weight", "bias")}
 
 
-def _listed(word, keys, most=8):
+def listed(word, keys, most=8):
+    """The keys behind the word, as in "missing a, b and 3 more", or "nothing missing"."""
     more = f" and {len(keys) - most} more" if len(keys) > most else ""
     return f"{word} {', '.join(keys[:most])}{more}" if keys else f"nothing {word}"
 

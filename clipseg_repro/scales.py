@@ -19,7 +19,8 @@ def _build_mini(root: Path, seed: int):
 class Scale:
     """Where a scale's model, data and results are, and what it may spend.
 
-    In SCALES the paths are relative to the data and results folders; `get_scale` gives absolute ones.
+    In SCALES the paths are relative to the data and results folders (`sources` to the latter); `get_scale` gives
+    absolute ones.
     """
 
     name: str
@@ -28,6 +29,8 @@ class Scale:
     results: Path
     live_steps: int  # of the training run that a notebook shows live
     training: dict = field(default_factory=dict)  # what this scale's budget changes in every run of experiments.yaml
+    # What a run starts from whose model is not made from `model`'s CLIP: a Hub id, or a folder that another run makes.
+    sources: dict[str, str | Path] = field(default_factory=dict)
     seed: int = 0
     build: Callable[[Path, int], None] | None = None  # writes VGPhraseCut_v0 into a folder; None: the user fetches it
 
@@ -44,6 +47,18 @@ class Scale:
                 "or set CLIPSEG_REPRO_DATA to the folder that holds them"
             )
 
+    def source(self, model: str) -> str:
+        """What `training.train` starts a run of that `model` from (the key of experiments.yaml).
+
+        Raises InputError with the command that makes it if it is not there yet."""
+        found = self.sources.get(model, self.model)
+        if isinstance(found, Path) and not (found / "config.json").is_file():
+            raise InputError(
+                f"a '{model}' run starts from '{found}', which is not there: make it with "
+                f"clipseg-repro train {found.parent.name}"
+            )
+        return str(found)
+
 
 SCALES = {
     "mini": Scale(
@@ -53,6 +68,10 @@ SCALES = {
         results=Path("."),
         live_steps=200,
         training={"iterations": 4000, "phrases_per_image": 4, "film": "aligned"},
+        sources={
+            "vitseg": Path("training/mini-vit/model"),
+            "clipseg-resnet": Path("training/mini-resnet-clip/model"),
+        },
         build=_build_mini,
     ),
     "paper": Scale(
@@ -61,6 +80,10 @@ SCALES = {
         phrasecut=Path("PhraseCut/VGPhraseCut_v0"),
         results=Path("paper"),
         live_steps=1000,
+        sources={
+            "vitseg": "timm/vit_base_patch16_384.augreg_in21k_ft_in1k",
+            "clipseg-resnet": "timm/resnet50x4_clip.openai",
+        },
     ),
 }
 
@@ -74,8 +97,9 @@ def get_scale(name: str = "mini") -> Scale:
     if name not in SCALES:
         raise InputError(f"unknown scale '{name}': choose one of {', '.join(SCALES)}")
     scale = SCALES[name]
-    results = project_root() / os.environ.get("CLIPSEG_REPRO_RESULTS", "results")
-    return replace(scale, phrasecut=data_root() / scale.phrasecut, results=results / scale.results)
+    results = project_root() / os.environ.get("CLIPSEG_REPRO_RESULTS", "results") / scale.results
+    sources = {k: results / v if isinstance(v, Path) else v for k, v in scale.sources.items()}
+    return replace(scale, phrasecut=data_root() / scale.phrasecut, results=results, sources=sources)
 
 
 def data_root() -> Path:

@@ -19,6 +19,7 @@ from clipseg_repro.metrics import SegmentationMetrics
 from clipseg_repro.models import decode, embed_images, embed_texts, encode, load_model
 from clipseg_repro.prompts import prepare, to_pixels
 from clipseg_repro.segmenter import Segmenter
+from clipseg_repro.variants import adapted, backbone
 
 ALIGN_ON = 64  # training images that `align_film` looks at
 
@@ -107,19 +108,23 @@ def train(
 ):
     """Train a fresh decoder for `run` on the PhraseCut data in `root` and save the model to `folder/model`.
 
-    `source` gives CLIP (its decoder is replaced). `budget` overrides settings of the run, as `Scale.training` does.
-    Progress, curve and checkpoint are `loop.fit`'s, in `folder`: a killed run resumes exactly. `validate_on`: images of
-    the val split in the curve.
-    Returns the trained Segmenter. Raises InputError for an unknown run.
+    `source` gives CLIP, or whatever backbone the run's model has (its decoder is replaced). `budget` overrides settings
+    of the run, as `Scale.training` does. Progress, curve and checkpoint are `loop.fit`'s, in `folder`: a killed run
+    resumes exactly. `validate_on`: images of the val split in the curve.
+    Returns the trained Segmenter. Raises InputError for an unknown run and for a source of another kind of model.
     """
     if run not in experiments():
         raise InputError(f"unknown run '{run}': choose one of {', '.join(experiments())}")
     settings = experiments()[run] | budget | {"run": run, "seed": seed}
     steps = settings["iterations"]
     accelerator = Accelerator(mixed_precision="bf16")
-    frozen, processor = load_model(source)  # what no gradient reaches, at half precision
-    frozen.to(accelerator.device, torch.bfloat16)
-    model, untouched = load_model(source)  # tokenizing leaves its padding in a processor: this one is saved
+    pretrained = settings["pretrained"]
+    model, untouched = load_model(
+        source, pretrained=pretrained
+    )  # this processor is saved: tokenizing leaves its padding
+    model = adapted(model, settings["model"])
+    frozen, processor = load_model(source, pretrained=pretrained)  # what no gradient reaches, at half precision
+    frozen = adapted(frozen, settings["model"]).to(accelerator.device, torch.bfloat16)
     model = fresh_decoder(model, settings["reduce_dim"], seed).to(accelerator.device).requires_grad_(False)
     model.decoder.requires_grad_(True).train()
     data = PhraseCutPlus(
@@ -178,18 +183,21 @@ def fresh_decoder(model, reduce_dim: int, seed: int):
 def align_film(model, activations: torch.Tensor, texts: torch.Tensor):
     """Start the decoder's first step at what CLIP itself does: compare every patch with the condition.
 
+    Where the backbone has no space in common with the texts (ViTSeg), nothing is changed. Else
     `reduces[0]` and `film_mul` become the same D of CLIP's P joint dimensions (those in which `texts` (N, P) differ most,
     rotated at random), seen from the deepest `activations` (B, N, hidden) and from the condition; their products add up to
     the similarity. Nothing else changes. A decoder from random weights learns to mark any object, whatever the prompt, long
     before it learns to choose.
     """
-    decoder, clip = model.decoder, model.clip
-    width = model.config.reduce_dim
+    joint = backbone(model).joint_weight()
+    if joint is None:
+        return
+    decoder, width = model.decoder, model.config.reduce_dim
     directions = torch.linalg.svd(texts - texts.mean(0), full_matrices=False).Vh[:width].cpu()
     chosen = torch.linalg.qr(torch.randn(width, len(directions))).Q @ directions
     # The decoder's layer norm takes the mean over channels out: with signs, the sum of the products stays in.
     signs = torch.randint(2, (width, 1)) * 2.0 - 1
-    seen = chosen @ clip.visual_projection.weight.cpu() @ torch.diag(clip.vision_model.post_layernorm.weight.cpu())
+    seen = chosen @ joint.cpu()
     ends = {decoder.reduces[0]: (seen, activations.flatten(0, 1)), decoder.film_mul: (signs * chosen, texts)}
     for linear, (weight, inputs) in ends.items():
         weight = weight.to(inputs.device)

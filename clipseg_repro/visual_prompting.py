@@ -22,11 +22,16 @@ def name_probabilities(segmenter, prompts, names) -> np.ndarray:
     """CLIP's zero-shot classification of K images, engineered by their recipes, over N names: (K, N), rows sum to 1.
 
     prompts: K VisualPrompts. names: N object names, put into "a photo of a {}.". Softmax of cosines times CLIP's own
-    logit scale.
+    logit scale. Raises InputError for a model whose images and texts have no space in common (ViTSeg).
     """
+    clip = segmenter.model.base_model
+    if not hasattr(clip, "logit_scale"):
+        raise InputError(
+            f"a '{segmenter.model.config.model_type}' model cannot name images: give one with a whole CLIP"
+        )
     images = F.normalize(segmenter.conditions(prompts), dim=-1)
     texts = F.normalize(segmenter.conditions([TEST_TEMPLATE.format(name) for name in names]), dim=-1)
-    scale = segmenter.model.clip.logit_scale.detach().float().exp().clamp(max=LARGEST_SCALE)
+    scale = clip.logit_scale.detach().float().exp().clamp(max=LARGEST_SCALE)
     return (scale * images @ texts.T).softmax(-1).cpu().numpy()
 
 

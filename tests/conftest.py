@@ -7,6 +7,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPSegConfig,
     CLIPSegForImageSegmentation,
     CLIPSegProcessor,
@@ -100,6 +102,23 @@ def tiny_folder(tmp_path_factory):
     processor = tiny_processor()
     random_model(tiny_config(processor.tokenizer)).save_pretrained(folder)
     processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory):
+    """A folder of a CLIPModel with random weights, 11 blocks and patches of 16, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = tiny_processor().tokenizer
+    config = tiny_config(tokenizer)
+    vision = config.vision_config.to_dict() | {
+        "num_hidden_layers": 11,
+        "patch_size": 16,
+        "model_type": "clip_vision_model",
+    }
+    text = config.text_config.to_dict() | {"model_type": "clip_text_model"}
+    spread(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=48))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -79,8 +79,11 @@ def test_segment_refuses_bad_input_and_writes_nothing(run, files, tiny_folder, a
 def test_other_commands_refuse_bad_input(run):
     assert fails(run("reproduce"), "no notebooks in")
     assert fails(run("data", "build", "--scale", "paper"), "no PhraseCut data in", "data/README.md")
-    assert fails(run("train", "no-such-run"), "unknown run 'no-such-run'", "mini-clip, clipseg-pc+")
+    assert fails(
+        run("train", "no-such-run"), "unknown run 'no-such-run'", "mini-clip, mini-resnet-clip, mini-vit, clipseg-pc+"
+    )
     assert fails(run("train", "mini-clip", "--steps", 5), "own curriculum")
+    assert fails(run("train", "vitseg-pc"), "training/mini-vit/model", "clipseg-repro train mini-vit")
     assert run("reproduce", "--scale", "large").exit_code == 2
 
 

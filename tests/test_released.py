@@ -13,9 +13,9 @@ import zipfile
 
 import pytest
 import torch
-from conftest import spread, tiny_config, tiny_processor
+from conftest import spread
 from torch import nn
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPModel
 
 from clipseg_repro import Segmenter, downloads, released
 from clipseg_repro.errors import InputError
@@ -48,23 +48,6 @@ class ReleasedDecoder(nn.Module):
             tokens = self.blocks[i](tokens)
         side = round((len(tokens) - 1) ** 0.5)
         return self.trans_conv(tokens[1:].T.unflatten(1, (side, side))[None])[0, 0]
-
-
-@pytest.fixture(scope="session")
-def tiny_clip(tmp_path_factory):
-    """A folder of a CLIPModel with random weights, 11 blocks and patches of 16, and its tokenizer."""
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = tiny_processor().tokenizer
-    config = tiny_config(tokenizer)
-    vision = config.vision_config.to_dict() | {
-        "num_hidden_layers": 11,
-        "patch_size": 16,
-        "model_type": "clip_vision_model",
-    }
-    text = config.text_config.to_dict() | {"model_type": "clip_text_model"}
-    spread(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=48))).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def released_file(path, width=16, refined=False, dtype=torch.float32, more=None, **options):

@@ -213,7 +213,8 @@ class PhraseCutPlus:
     exactly. Each draw replaces the phrase by another with probability `negative` (the mask is empty then), puts
     the phrase into a template, and draws a support among the samples of the phrase, as released the query itself
     included, with a crop of its own. text_weight: range of the uniform text weight; (0, 1) in the paper, (0, 0.5) in
-    the released experiment files.
+    the released experiment files; (0, 0) leaves out the samples and the negatives whose phrase no other sample has
+    (`only_visual` in the released code).
     """
 
     def __init__(
@@ -232,22 +233,26 @@ class PhraseCutPlus:
             raise InputError(f"negative = {negative}: a probability is in [0, 1]")
         if not 0 <= low <= high <= 1:
             raise InputError(f"text_weight = ({low}, {high}): give 0 <= low <= high <= 1")
-        if negative and len(dataset.by_phrase) < 2:
-            raise InputError("negatives need at least two different phrases: use more data, or negative=0")
         self.dataset, self.negative, self.text_weight = dataset, negative, (low, high)
         self.templates, self.crop, self.visual, self.seed = tuple(templates), crop, visual, seed
         self.phrases_per_image = phrases_per_image
-        self._phrases = sorted(dataset.by_phrase)
+        least = 2 if visual and high == 0 else 1
+        self._phrases = sorted(p for p, samples in dataset.by_phrase.items() if len(samples) >= least)
+        if len(self._phrases) < (2 if negative else 1):
+            raise InputError("negatives need at least two different phrases: use more data, or negative=0")
+        kept = {i for phrase in self._phrases for i in dataset.by_phrase[phrase]}
+        self._samples = sorted(kept)
+        self._by_image = {image: [i for i in own if i in kept] for image, own in dataset.by_image.items()}
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self._samples)
 
     def key(self, n: int) -> tuple[int, int]:
         """(epoch, i) of the n-th draw of a training run: every epoch visits all samples in an order of its own."""
         epoch, place = divmod(n, len(self))
         if getattr(self, "_order", (None,))[0] != epoch:
             self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self))
-        return epoch, int(self._order[1][place])
+        return epoch, self._samples[self._order[1][place]]
 
     def __getitem__(self, key: tuple[int, int]) -> list[TrainingSample]:
         epoch, i = key
@@ -257,7 +262,7 @@ class PhraseCutPlus:
         window = crop_window(mask, rng) if self.crop else (slice(None), slice(None))
         image_id = dataset._tasks[i]["image_id"]
         image = dataset._image(image_id)[window]
-        more = rng.choice(dataset.by_image[image_id], self.phrases_per_image - 1)
+        more = rng.choice(self._by_image[image_id], self.phrases_per_image - 1)
         masks = [mask[window], *(dataset._mask(int(j))[window] for j in more)]
         return [self._draw(int(j), image, m, rng) for j, m in zip([i, *more], masks, strict=True)]
 

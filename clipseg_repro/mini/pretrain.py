@@ -20,6 +20,7 @@ from transformers import (
     CLIPSegForImageSegmentation,
     CLIPSegProcessor,
     CLIPTokenizer,
+    PreTrainedModel,
     ViTImageProcessorPil,
 )
 
@@ -39,6 +40,7 @@ from clipseg_repro.mini.phrases import name_phrases, tokenizer_corpus
 from clipseg_repro.mini.vocabulary import load_vocabulary
 from clipseg_repro.models import encode
 from clipseg_repro.prompts import IMAGENET_MEAN, IMAGENET_STD, TRAIN_TEMPLATES
+from clipseg_repro.variants import backbone
 
 POOLING = 10.0  # sharpness of the soft maximum over patches: cosines that differ by 0.1 weigh 1 : e
 
@@ -86,21 +88,21 @@ def contrast(similarity: torch.Tensor, true: torch.Tensor, unknown: torch.Tensor
     return (by_image.mean() + by_phrase.mean()) / 2
 
 
-def embed_patches(clip, pixel_values: torch.Tensor) -> torch.Tensor:
+def embed_patches(model, pixel_values: torch.Tensor) -> torch.Tensor:
     """CLIP embeddings of all tokens, (B, 1 + patches, projection) of unit length; token 0 is the image's own."""
-    tokens = clip.vision_model(pixel_values=pixel_values).last_hidden_state
-    return F.normalize(clip.visual_projection(clip.vision_model.post_layernorm(tokens)).float(), dim=-1)
+    return F.normalize(backbone(model).embed_tokens(pixel_values).float(), dim=-1)
 
 
-def embed_texts(clip, tokenizer, texts: list[str]) -> torch.Tensor:
+def embed_texts(model, tokenizer, texts: list[str]) -> torch.Tensor:
     """CLIP embeddings of texts, (P, projection) of unit length."""
-    tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(clip.logit_scale.device)
-    return F.normalize(clip.get_text_features(**tokens).pooler_output.float(), dim=-1)
+    tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(model.device)
+    tokens = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+    return F.normalize(backbone(model).embed_texts(**tokens).float(), dim=-1)
 
 
-def similarities(clip, tokens: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def similarities(model, tokens: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scaled similarities (B, P) of images and texts: by image embedding, and by the soft maximum over patches."""
-    scale = clip.logit_scale.clamp(max=4.6).exp()
+    scale = model.base_model.logit_scale.clamp(max=4.6).exp()
     cosines = tokens[:, 1:] @ texts.T
     pooled = (torch.logsumexp(cosines * POOLING, 1) - np.log(cosines.shape[1])) / POOLING
     return scale * tokens[:, 0] @ texts.T, scale * pooled
@@ -108,7 +110,7 @@ def similarities(clip, tokens: torch.Tensor, texts: torch.Tensor) -> tuple[torch
 
 def optimisers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
     """Muon for the matrices inside the towers' blocks, AdamW for everything else."""
-    hidden = {n: p for n, p in model.named_parameters() if ".encoder." in n and p.ndim == 2}
+    hidden = {n: p for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2}
     rest = [p for n, p in model.named_parameters() if n not in hidden]
     return {
         "muon": torch.optim.Muon(hidden.values(), lr=0.02, weight_decay=0.01),
@@ -116,11 +118,14 @@ def optimisers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
     }
 
 
-def pretrain(folder: Path, seed: int = 0, budget: float = 1.0, device: str = "cpu") -> CLIPSegForImageSegmentation:
+def pretrain(
+    folder: Path, seed: int = 0, budget: float = 1.0, device: str = "cpu", build=build_model, name: str = "mini CLIP"
+) -> PreTrainedModel:
     """Pre-train the mini CLIP and save it as a `transformers` folder in `folder/model` (its decoder is untrained).
 
     `budget` scales the number of images of every stage (1.0: about two and a half hours on two cores). The curve is in
-    `folder/curve.csv`; every cycle has a folder of its own there, with its checkpoint. Resumes exactly.
+    `folder/curve.csv`; every cycle has a folder of its own there, with its checkpoint. Resumes exactly. `build(tokenizer)`
+    gives the untrained model, one of variants.MODELS with a CLIP in it.
     """
     torch.manual_seed(seed)
     folder = Path(folder)
@@ -128,91 +133,118 @@ def pretrain(folder: Path, seed: int = 0, budget: float = 1.0, device: str = "cp
     if not (stored / "tokenizer.json").exists():
         build_processor().save_pretrained(stored)
     processor = CLIPSegProcessor.from_pretrained(stored)
-    model = build_model(processor.tokenizer).to(device)
-    curves = []
-    with fast_attention(model.clip):
-        for number, cycle in enumerate(CYCLES):  # each with scenes of its own
-            curve = _run_cycle(model, processor, folder / f"cycle-{number + 1}", cycle.shortened(budget), seed + number)
-            for column in ("step", "seconds"):  # on from the cycle before
-                curve[column] += curves[-1][column].iloc[-1] if curves else 0
-            curves.append(curve)
-    with written_whole(folder / "curve.csv") as temporary:
-        pd.concat(curves).round(5).to_csv(temporary, index=False)
-    rescale(model, fresh_scenes(LAST.last, LAST.size, 64)[0].to(device))
+    model = build(processor.tokenizer).to(device).train()
+    names = list(name_phrases())
+
+    def losses(batch) -> dict[str, torch.Tensor]:
+        images, objects, owners, phrases, sources, texts = batch
+        # Every name is a candidate for every image: negatives for all, and the text tower meets each name in each step.
+        true, unknown = truth(objects, owners, phrases + names, sources + [-1] * len(names), len(images))
+        true, unknown = true.to(device), unknown.to(device)
+        with torch.autocast(model.device.type, torch.bfloat16):
+            tokens = embed_patches(model, images.to(device))
+            # Apart, because together the short names would be padded to the longest caption.
+            words = [embed_texts(model, processor.tokenizer, t) for t in (texts, [p.text for p in names])]
+        whole, local = similarities(model, tokens, torch.cat(words))
+        return {"image": contrast(whole, true, unknown), "patch": contrast(local, true, unknown)}
+
+    run_cycles(
+        name, folder, seed, budget, model, lambda: optimisers(model.base_model), losses, lambda: probe(model, processor),
+        attention=model.base_model,
+    )  # fmt: skip
+    if model.config.model_type == "clipseg":  # batch norm keeps a ResNet's activations in range
+        rescale(model, fresh_scenes(LAST.last, LAST.size, 64)[0].to(device))
     model.save_pretrained(folder / "model")
     # A fresh one: tokenizing has left its truncation in the other.
     CLIPSegProcessor.from_pretrained(stored).save_pretrained(folder / "model")
     return model
 
 
-def _run_cycle(model, processor, folder: Path, cycle: Cycle, seed: int) -> pd.DataFrame:
-    clip, device, size = model.clip, model.device, cycle.batch
-    scenes = CaptionedScenes(cycle.stages, seed)
-    optimiser = optimisers(clip)
+def run_cycles(name, folder: Path, seed: int, budget: float, model: nn.Module, optimise, losses, probe, attention):
+    """Train `model` on the curriculum, `budget` times as long; its curve is in `folder/curve.csv`. Resumes exactly.
+
+    optimise() gives the optimisers by name, fresh ones for every cycle; losses(batch) the losses by name, whose sum is
+    minimised; probe() what the curve shows besides. `attention`: the module whose attention is trained.
+    """
+    curves = []
+    with fast_attention(attention):
+        for number, cycle in enumerate(CYCLES, start=1):
+            own = seed + number - 1  # every cycle has scenes of its own
+            part = (f"{name}, cycle-{number}", folder / f"cycle-{number}", cycle.shortened(budget), own)
+            curve = _run_cycle(*part, model, optimise(), losses, probe)
+            for column in ("step", "seconds"):  # on from the cycle before
+                curve[column] += curves[-1][column].iloc[-1] if curves else 0
+            curves.append(curve)
+    with written_whole(folder / "curve.csv") as temporary:
+        pd.concat(curves).round(5).to_csv(temporary, index=False)
+
+
+def _run_cycle(name, folder: Path, cycle: Cycle, seed: int, model, optimiser, losses, probe) -> pd.DataFrame:
+    size, scenes = cycle.batch, CaptionedScenes(cycle.stages, seed)
     rates = {key: o.param_groups[0]["lr"] for key, o in optimiser.items()}
-    names = list(name_phrases())
 
     def batches(first: int):
         order = range(first * size, len(scenes))
         return DataLoader(scenes, size, sampler=order, collate_fn=collate, num_workers=1, prefetch_factor=8)
 
     def step(i: int, batch) -> dict[str, torch.Tensor]:
-        images, objects, owners, phrases, sources, texts = batch
-        # Every name is a candidate for every image: negatives for all, and the text tower meets each name in each step.
-        true, unknown = truth(objects, owners, phrases + names, sources + [-1] * len(names), len(images))
-        true, unknown = true.to(device), unknown.to(device)
         for key, o in optimiser.items():
             o.param_groups[0]["lr"] = rates[key] * cycle.rate(i)
-        with torch.autocast(device.type, torch.bfloat16):
-            tokens = embed_patches(clip, images.to(device))
-            # Apart, because together the short names would be padded to the longest caption.
-            words = [embed_texts(clip, processor.tokenizer, t) for t in (texts, [p.text for p in names])]
-        whole, local = similarities(clip, tokens, torch.cat(words))
-        losses = {"image": contrast(whole, true, unknown), "patch": contrast(local, true, unknown)}
-        (losses["image"] + losses["patch"]).backward()
+        found = losses(batch)
+        sum(found.values()).backward()
         for o in optimiser.values():
             o.step()
             o.zero_grad(set_to_none=True)
-        return losses
+        return found
 
     return fit(
-        f"mini CLIP, {folder.name}", folder, batches, step, cycle.steps, {"model": model, **optimiser},
-        {"seed": seed} | asdict(cycle), validate=lambda: probe(model, processor), every=min(300, cycle.steps),
+        name, folder, batches, step, cycle.steps, {"model": model, **optimiser}, {"seed": seed} | asdict(cycle),
+        validate=probe, every=min(300, cycle.steps),
     )  # fmt: skip
 
 
 @torch.no_grad()
-def rescale(model: CLIPSegForImageSegmentation, pixel_values: torch.Tensor):
-    """Scale the vision tower's residual stream so that its deepest activations have unit variance on `pixel_values`.
+def rescale(model: PreTrainedModel, pixel_values: torch.Tensor):
+    """Scale a ViT's residual stream so that its deepest activations have unit variance on `pixel_values`.
 
-    Every block reads the stream through a layer norm, so CLIP's embeddings stay as they are; but Muon lets the stream grow
+    Every block reads the stream through a layer norm, so embeddings stay as they are; but Muon lets the stream grow
     to tens of units, and a decoder that reads it with fresh weights would drown in it.
     """
     *_, deepest = encode(model, pixel_values)
-    vision, factor = model.clip.vision_model, 1 / deepest.std()
-    writers = [w for block in vision.encoder.layers for w in (block.self_attn.out_proj, block.mlp.fc2)]
-    for module in (vision.pre_layrnorm, *writers):
-        module.weight.mul_(factor)
-        module.bias.mul_(factor)
+    factor = 1 / deepest.std()
+    for parameter in _stream_writers(model):
+        parameter.mul_(factor)
+
+
+def _stream_writers(model) -> list[nn.Parameter]:
+    if model.config.model_type == "vitseg":
+        vit = model.backbone.vit
+        start = [*vit.embeddings.parameters()]
+        writers = [w for block in vit.layers for w in (block.attention.o_proj, block.mlp.fc2)]
+    else:
+        vision = model.clip.vision_model
+        start = [*vision.pre_layrnorm.parameters()]
+        writers = [w for block in vision.encoder.layers for w in (block.self_attn.out_proj, block.mlp.fc2)]
+    return start + [parameter for writer in writers for parameter in writer.parameters()]
 
 
 @torch.inference_mode()
-def probe(model: CLIPSegForImageSegmentation, processor: CLIPSegProcessor, scenes: int = 256) -> dict[str, float]:
+def probe(model: PreTrainedModel, processor: CLIPSegProcessor, scenes: int = 256) -> dict[str, float]:
     """Zero-shot accuracy on fresh scenes of the last stage, against all canonical names.
 
     `top1`: share of single-object images whose embedding is nearest to the right name. `patch_top1`: share of patches
     more than 70% inside an object whose embedding is nearest to that object's name (MaskCLIP's reading of the tokens).
     """
     model.eval()
-    clip, device = model.clip, model.device
+    device = model.device
     with torch.autocast(device.type, torch.bfloat16):
-        names = embed_texts(clip, processor.tokenizer, [f"a photo of a {k.name}." for k in load_vocabulary()]).cpu()
+        names = embed_texts(model, processor.tokenizer, [f"a photo of a {k.name}." for k in load_vocabulary()]).cpu()
     size = LAST.size
     result = {}
     for key, rules in {"top1": scene_rules(size, 1, (0.5, 0.8), 25), "patch_top1": LAST.last}.items():
         pixels, labels = fresh_scenes(rules, size, scenes)
         with torch.autocast(device.type, torch.bfloat16):
-            tokens = torch.cat([embed_patches(clip, part) for part in pixels.to(device).split(64)]).cpu()
+            tokens = torch.cat([embed_patches(model, part) for part in pixels.to(device).split(64)]).cpu()
         if key == "top1":
             kinds = labels.amax(1)
             guess = (tokens[:, 0] @ names.T).argmax(-1)
