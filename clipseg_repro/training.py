@@ -172,10 +172,16 @@ def train(
 
 
 def fresh_decoder(model, reduce_dim: int, seed: int):
-    """Replace the decoder by an untrained one of width `reduce_dim`, initialised from `seed`. Returns the model."""
+    """Replace the decoder by an untrained one of width `reduce_dim`, initialised from `seed`. Returns the model.
+
+    Layers start as torch has them, as the authors' do; transformers would draw weights of standard deviation 1.
+    """
     torch.manual_seed(seed)
     model.config.reduce_dim = reduce_dim
     model.decoder = type(model.decoder)(model.config)
+    for module in model.decoder.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
     return model
 
 

@@ -1,5 +1,7 @@
 """The benchmark: its peers do the same work, its clock takes medians in turn, and its tables have every measurement."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,8 @@ def test_medians_of_contestants_in_turn(monkeypatch):
 def test_prompts_are_measured_in_both_dtypes_and_give_equal_logits(tiny_model, monkeypatch):
     monkeypatch.setattr(bench, "PROMPT_GOALS", {1: 1.15, 3: 3})
     monkeypatch.setattr(bench, "DEFAULT_DTYPE_GOAL", (3, 35))
-    table = bench.prompts_table(*tiny_model, torch.bfloat16, repeats=1)
+    model, processor = tiny_model
+    table = bench.prompts_table(deepcopy(model), processor, torch.bfloat16, repeats=1)
     assert list(zip(table.prompts, table.dtype, strict=True)) == [
         (k, dtype) for k in (1, 3) for dtype in ("float32", "bfloat16")
     ]
