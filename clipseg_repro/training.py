@@ -192,8 +192,8 @@ def align_film(model, activations: torch.Tensor, texts: torch.Tensor):
     Where the backbone has no space in common with the texts (ViTSeg), nothing is changed. Else
     `reduces[0]` and `film_mul` become the same D of CLIP's P joint dimensions (those in which `texts` (N, P) differ most,
     rotated at random), seen from the deepest `activations` (B, N, hidden) and from the condition; their products add up to
-    the similarity. Nothing else changes. A decoder from random weights learns to mark any object, whatever the prompt, long
-    before it learns to choose.
+    the similarity. Nothing else changes. Short runs need not
+    learn the comparison that CLIP already makes.
     """
     joint = backbone(model).joint_weight()
     if joint is None:
