@@ -12,7 +12,7 @@ CACHED_TEXTS = 4096  # embeddings kept, 2 KB each
 TEXT_BATCH = 256
 VISUAL_BATCH = 16
 PROMPT_BATCH = 32  # prompts decoded at once: some 300 MB at 352 px
-CACHED_BYTES = 12 * 2**20  # of the decoder's widest activations, on a CPU: more do not stay in its cache
+CACHED_BYTES = 16 * 2**20  # of the decoder's widest activations, on a CPU: more do not stay in its cache
 
 
 def load_segmenter(source="mini", device=None, dtype=None, clip=CLIP):
