@@ -186,10 +186,11 @@ def metrics_row(repeats: int, maps: int = 20) -> dict:
     smooth = np.stack([cv2.GaussianBlur(m, (0, 0), 20) for m in rng.normal(size=shape).astype(np.float32)])
     probabilities = torch.from_numpy(smooth / smooth.std() * 3 - 2).sigmoid()
     targets = torch.from_numpy(smooth > smooth.std()).to(torch.uint8)
+    floats = targets.float()  # as the released loaders give them
     seconds = medians(
         {
             "ours": lambda: SegmentationMetrics().update(probabilities, targets),
-            "scan": lambda: [sorted_scan(p, t) for p, t in zip(probabilities, targets, strict=True)],
+            "scan": lambda: [sorted_scan(p, t) for p, t in zip(probabilities, floats, strict=True)],
         },
         repeats,
     )
