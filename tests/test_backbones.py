@@ -188,7 +188,7 @@ TOKENS_AND_WIDTHS = {  # of 112 px: 14 x 14 patches of 8; the ViT's 4 x 4 of 16 
 
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_saved_models_load_and_are_driven_by_every_prompt(kind, folders, tmp_path, picture, picture_mask):
-    segmenter = load_segmenter(folders[kind], device="cpu")
+    segmenter = load_segmenter(folders[kind], device="cpu", dtype="float32")
     assert isinstance(segmenter.model, MODELS[kind])
     activations = encode(segmenter.model, torch.zeros(2, 3, 112, 112))
     assert [tuple(a.shape) for a in activations] == [(2, *shape) for shape in TOKENS_AND_WIDTHS[kind]]
@@ -201,7 +201,7 @@ def test_saved_models_load_and_are_driven_by_every_prompt(kind, folders, tmp_pat
     assert min(np.abs(maps[0] - maps[1]).max(), np.abs(maps[0] - maps[2]).max()) > 1e-3
     segmenter.model.save_pretrained(tmp_path)
     segmenter.processor.save_pretrained(tmp_path)
-    again = load_segmenter(tmp_path, device="cpu")
+    again = load_segmenter(tmp_path, device="cpu", dtype="float32")
     again.set_image(picture)
     np.testing.assert_array_equal(again.predict(prompts), maps)
 
@@ -244,7 +244,7 @@ def test_published_vit_becomes_a_vitseg(published, tiny_clip, tmp_path, monkeypa
     assert torch.equal(model.backbone.projection.weight, same.backbone.projection.weight)
     clip, _ = models._over_clip(tiny_clip)
     assert torch.equal(embed_texts(model, processor, ["a cat"]), embed_texts(clip, processor, ["a cat"]))
-    segmenter = Segmenter(model, processor, device="cpu")
+    segmenter = Segmenter(model, processor, device="cpu", dtype="float32")
     segmenter.set_image(picture)
     assert segmenter.logits("a cat").shape == (1, 352, 352)
 
@@ -277,7 +277,7 @@ def test_what_a_model_cannot_do_is_said(folders, tiny_folder):
     with pytest.raises(InputError, match="source is a 'clipseg' model, and this run trains a 'vitseg'"):
         adapted(load_model(tiny_folder)[0], "vitseg")
     with pytest.raises(InputError, match="a 'vitseg' model cannot name images"):
-        name_probabilities(Segmenter(vitseg, processor, device="cpu"), [], ["cat"])
+        name_probabilities(Segmenter(vitseg, processor, device="cpu", dtype="float32"), [], ["cat"])
     processor.image_processor.size = {"height": 128, "width": 128}
     processor.save_pretrained(folders["vitseg"])
     with pytest.raises(InputError, match="makes images of 128 px, the model takes 112"):
@@ -344,7 +344,7 @@ def test_mini_towers_are_made_and_segment(name, tmp_path, picture, monkeypatch):
     for module in (pretrain, mini_towers):
         monkeypatch.setattr(module, "fresh_scenes", lambda rules, size, scenes: curriculum.fresh_scenes(rules, size, 8))
     mini_towers.PRETRAINING[name](tmp_path, budget=1e-6)
-    segmenter = load_segmenter(tmp_path / "model", device="cpu")
+    segmenter = load_segmenter(tmp_path / "model", device="cpu", dtype="float32")
     segmenter.set_image(picture)
     assert segmenter.logits("a cat").shape == (1, 112, 112)
     (wanted,) = [model for model, source in SCALES["mini"].sources.items() if source.parent.name == name]
