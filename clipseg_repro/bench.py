@@ -15,13 +15,13 @@ import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm.auto import tqdm
-from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPSegProcessor, ViTImageProcessorPil
+from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPSegProcessor
 
 from clipseg_repro.datasets.phrasecut import PhraseCut
 from clipseg_repro.metrics import THRESHOLDS, SegmentationMetrics
 from clipseg_repro.mini.vocabulary import load_vocabulary
-from clipseg_repro.models import decode, encode, load_model
-from clipseg_repro.prompts import IMAGENET_MEAN, IMAGENET_STD, RELEASED_SIZE, to_pixels
+from clipseg_repro.models import decode, encode, load_model, released_pixels
+from clipseg_repro.prompts import RELEASED_SIZE, to_pixels
 from clipseg_repro.protocols import phrasecut
 from clipseg_repro.results import save_table
 from clipseg_repro.scales import Scale
@@ -44,7 +44,7 @@ def bench(scale: Scale, repeats: int = 5) -> tuple[pd.DataFrame, pd.DataFrame]:
     model.to(default.device)
     tables = (
         prompts_table(model, processor, default.dtype, repeats),
-        parts_table(model, scale, default.dtype, repeats),
+        parts_table(model, processor, scale, default.dtype, repeats),
     )
     machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     if torch.cuda.is_available():
@@ -59,16 +59,13 @@ def bench(scale: Scale, repeats: int = 5) -> tuple[pd.DataFrame, pd.DataFrame]:
     return tables
 
 
-def full_size(size: int = RELEASED_SIZE) -> tuple[CLIPSegForImageSegmentation, CLIPSegProcessor]:
+def full_size() -> tuple[CLIPSegForImageSegmentation, CLIPSegProcessor]:
     """A model of the size of rd64-refined with random weights, in eval mode, and a processor with the mini tokenizer."""
     torch.manual_seed(0)
     towers = {"vision_config": {"patch_size": 16}, "extract_layers": [3, 6, 9], "reduce_dim": 64}
     model = CLIPSegForImageSegmentation(CLIPSegConfig(**towers, use_complex_transposed_convolution=True)).eval()
     _, mini = load_model("mini")
-    pixels = ViTImageProcessorPil(
-        size={"height": size, "width": size}, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD), resample=2
-    )
-    return model, CLIPSegProcessor(pixels, mini.tokenizer)
+    return model, CLIPSegProcessor(released_pixels(), mini.tokenizer)
 
 
 @torch.no_grad()
@@ -80,7 +77,8 @@ def documented(model, processor, image: np.ndarray, texts: list[str]) -> torch.T
 
 def prompts_table(model, processor, default: torch.dtype, repeats: int) -> pd.DataFrame:
     """One row per number of prompts and dtype of ours, float32 and the device's `default`. The documented call is in
-    float32; `difference` is that of the logits over their largest value. Every run of ours starts without cached texts.
+    float32; `difference_ppm`: the largest difference of the logits, in millionths of the largest logit. Every run of ours
+    starts without cached texts.
     """
     image = np.random.default_rng(0).integers(0, 256, (RELEASED_SIZE, RELEASED_SIZE, 3), dtype=np.uint8)
     names = [kind.name for kind in load_vocabulary()]
@@ -98,16 +96,20 @@ def prompts_table(model, processor, default: torch.dtype, repeats: int) -> pd.Da
 
         model.float()
         expected = peer()
-        difference = float((ours() - expected).abs().max() / expected.abs().max())
+        row = {"difference_ppm": _ppm(ours(), expected)}
         seconds = medians({"ours": ours, "documented": peer}, repeats)
-        rows.append(_row(prompts, "float32", seconds, goal) | {"difference": difference})
+        rows.append(_row(prompts, "float32", seconds, goal) | row)
         if default != torch.float32:
             model.to(default)
-            difference = float((ours() - expected).abs().max() / expected.abs().max())
+            row = {"difference_ppm": _ppm(ours(), expected)}
             seconds |= medians({"ours": ours}, repeats)
             goal = DEFAULT_DTYPE_GOAL[1] if prompts == DEFAULT_DTYPE_GOAL[0] else np.nan
-            rows.append(_row(prompts, str(default).split(".")[1], seconds, goal) | {"difference": difference})
+            rows.append(_row(prompts, str(default).split(".")[1], seconds, goal) | row)
     return pd.DataFrame(rows)
+
+
+def _ppm(ours, expected):
+    return 1e6 * float((ours - expected).abs().max() / expected.abs().max())
 
 
 def _row(prompts, dtype, seconds, goal):
@@ -122,12 +124,12 @@ def _row(prompts, dtype, seconds, goal):
     }
 
 
-def parts_table(model, scale: Scale, default: torch.dtype, repeats: int) -> pd.DataFrame:
+def parts_table(model, processor, scale: Scale, default: torch.dtype, repeats: int) -> pd.DataFrame:
     """One row per measurement: ours and the peer in `unit`, their relation `figure`, and the goal for it."""
     rows = []
     for dtype in dict.fromkeys((torch.float32, default)):
         model.to(dtype)
-        rows += [encoder_row(model, repeats), extra_prompt_row(model, repeats)]
+        rows += [encoder_row(model, repeats), extra_prompt_row(model, processor, repeats)]
     rows += [metrics_row(repeats), end_to_end_row(scale, repeats)]
     if default != torch.float32:
         rows.append(agreement_row(scale, default))
@@ -144,15 +146,10 @@ def _measured(measurement, dtype, ours, peer, unit, figure, goal, at_most=False)
     }
 
 
-def _activations(model):
-    pixels = torch.randn(1, 3, RELEASED_SIZE, RELEASED_SIZE).to(model.device, model.dtype)
-    return pixels, encode(model, pixels)
-
-
 @torch.no_grad()
 def encoder_row(model, repeats: int) -> dict:
     """FLOP/s of encoding one image against the best of square matrix products, in the same dtype."""
-    pixels, _ = _activations(model)
+    pixels = torch.randn(1, 3, RELEASED_SIZE, RELEASED_SIZE).to(model.device, model.dtype)
     work = flops(lambda: encode(model, pixels))
     contestants = {"encode": lambda: encode(model, pixels)}
     for side in (1024, 2048, 4096):
@@ -166,11 +163,11 @@ def encoder_row(model, repeats: int) -> dict:
 
 
 @torch.no_grad()
-def extra_prompt_row(model, repeats: int, few: int = 20, many: int = 80) -> dict:
+def extra_prompt_row(model, processor, repeats: int, few: int = 20, many: int = 80) -> dict:
     """What one more prompt costs, its text known, over encoding the image: the slope between `few` and `many` prompts."""
-    segmenter = Segmenter(model, None, dtype=model.dtype)
-    pixels, segmenter._activations = _activations(model)
-    segmenter._size = pixels.shape[-2:]
+    segmenter = Segmenter(model, processor)
+    segmenter.set_image(np.zeros((RELEASED_SIZE, RELEASED_SIZE, 3), np.uint8))
+    pixels = torch.randn(1, 3, RELEASED_SIZE, RELEASED_SIZE).to(model.device, model.dtype)
     conditions = torch.randn(many, model.config.projection_dim, device=model.device)
     contestants = {n: (lambda n=n: segmenter.logits(conditions[:n])) for n in (few, many)}
     seconds = medians(contestants | {"encode": lambda: encode(model, pixels)}, repeats)

@@ -197,7 +197,7 @@ def _read_tower(path, clip):
         }
     else:
         tokenizer, _ = _pretrained(_read_tokenizer, clip, "clip")
-        processor = CLIPSegProcessor(image_processor=_released_pixels(), tokenizer=tokenizer)
+        processor = CLIPSegProcessor(image_processor=released_pixels(), tokenizer=tokenizer)
         options["text_config"] |= {f"{x}_token_id": getattr(tokenizer, f"{x}_token_id") for x in ("bos", "eos", "pad")}
     model = _random(MODELS[kind], MODELS[kind].config_class(**options))
     own = model.backbone.state_dict()
@@ -213,7 +213,8 @@ def _read_tower(path, clip):
     return model, processor
 
 
-def _released_pixels():
+def released_pixels() -> ViTImageProcessorPil:
+    """The released preparation of images: 352 px, bilinear, ImageNet's mean and standard deviation."""
     return ViTImageProcessorPil(
         size={"height": RELEASED_SIZE, "width": RELEASED_SIZE},
         image_mean=list(IMAGENET_MEAN),
@@ -233,7 +234,7 @@ def _over_clip(clip, **options):
     )
     model = CLIPSegForImageSegmentation(config)
     model.clip.load_state_dict(towers.state_dict())
-    return model, CLIPSegProcessor(image_processor=_released_pixels(), tokenizer=tokenizer)
+    return model, CLIPSegProcessor(image_processor=released_pixels(), tokenizer=tokenizer)
 
 
 def _read_released(path, clip):

@@ -40,13 +40,7 @@ def read_decoder(path):
     refined = "trans_conv.0.weight" in released
     layers = len({key.split(".")[1] for key in released if key.startswith("reduces.")})
     names = _names(layers or len(EXTRACT_LAYERS), refined)
-    missing = sorted(names.keys() - released.keys())
-    unexpected = sorted(k for k in released.keys() - names.keys() if not any(re.fullmatch(u, k) for u in UNUSED))
-    if missing or unexpected:
-        raise InputError(
-            f"weights '{path}' are not those of a CLIPSeg decoder: {listed('missing', missing)}, "
-            f"{listed('unexpected', unexpected)}: give one of the authors' files ({', '.join(FILES)})"
-        )
+    tensors = renamed(released, names, UNUSED, f"weights '{path}' are not those of a CLIPSeg decoder", FILES)
     if layers != len(EXTRACT_LAYERS):
         raise InputError(
             f"weights '{path}' have {layers} decoder layers: which layers of CLIP they read is known only for the "
@@ -59,10 +53,25 @@ def read_decoder(path):
         "extract_layers": EXTRACT_LAYERS,
         "decoder_num_attention_heads": HEADS,
     }
+    return options, tensors
+
+
+def renamed(state, names, unused, complaint, files):
+    """The tensors of `state` in float32 under our names: {theirs: [ours, ...]}, where each of several has an equal part of
+    the rows. Keys that match `unused` are left out; InputError, beginning with `complaint`, lists others, and what is missing.
+    """
+    missing = sorted(names.keys() - state.keys())
+    unexpected = sorted(k for k in state.keys() - names.keys() if not any(re.fullmatch(u, k) for u in unused))
+    if missing or unexpected:
+        raise InputError(
+            f"{complaint}: {_listed('missing', missing)}, {_listed('unexpected', unexpected)}: give one of the published "
+            f"files ({', '.join(files)})"
+        )
     tensors = {}
     for theirs, ours in names.items():
-        tensors |= zip(ours, released[theirs].float().chunk(len(ours)))
-    return options, tensors
+        tensor = state[theirs].float()
+        tensors |= zip(ours, tensor.chunk(len(ours)) if len(ours) > 1 else [tensor])
+    return tensors
 
 
 def _names(layers, refined):
@@ -86,7 +95,7 @@ def _names(layers, refined):
     return names | {f"{theirs}.{k}": [f"{ours}.{k}"] for theirs, ours in modules.items() for k in ("weight", "bias")}
 
 
-def listed(word, keys, most=8):
+def _listed(word, keys, most=8):
     """The keys behind the word, as in "missing a, b and 3 more", or "nothing missing"."""
     more = f" and {len(keys) - most} more" if len(keys) > most else ""
     return f"{word} {', '.join(keys[:most])}{more}" if keys else f"nothing {word}"

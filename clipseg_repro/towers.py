@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from clipseg_repro.errors import InputError
-from clipseg_repro.released import listed
+from clipseg_repro.released import renamed
 
 # Hub id -> the file in it.
 FILES = {
@@ -50,7 +50,7 @@ def read_tower(path):
     """(kind, options, tensors) of a file: kind "vitseg" or "clipseg-resnet", its config's options, and float32 weights as
     its backbone names them; of a ViT only those below `vit.`. Raises InputError for any other file."""
     try:
-        state = {key: tensor.float() for key, tensor in load_file(path).items()}
+        state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"weights '{path}' are damaged or no safetensors file ({error}): fetch them again") from None
     for mark, read in (("cls_token", _read_vit), ("visual.attnpool.positional_embedding", _read_resnet)):
@@ -76,7 +76,7 @@ def _read_vit(state, path):
         modules |= {f"blocks.{i}.{theirs}": f"vit.layers.{i}.{ours}" for theirs, ours in BLOCK.items()}
         for kind in ("weight", "bias"):
             names[f"blocks.{i}.attn.qkv.{kind}"] = [f"vit.layers.{i}.attention.{x}_proj.{kind}" for x in "qkv"]
-    tensors = _renamed(state, names | _both(modules), path)
+    tensors = renamed(state, names | _both(modules), UNUSED, _another(path), FILES)
     vision = {
         "hidden_size": width,
         "intermediate_size": len(state["blocks.0.mlp.fc1.bias"]),
@@ -114,7 +114,7 @@ def _read_resnet(state, path):
             names[f"{theirs}.attn.in_proj_{kind}"] = [f"{ours}.self_attn.{x}_proj.{kind}" for x in "qkv"]
     names |= _both(modules) | {key: [key] for key in _resnet_keys(stages)}
     state["text_projection"] = state["text_projection"].T
-    tensors = _renamed(state, names, path)
+    tensors = renamed(state, names, UNUSED, _another(path), FILES)
     vision = {
         "stages": stages,
         "width": width,
@@ -159,16 +159,5 @@ def _count(state, pattern, first=0):
     return max(int(found[1]) for key in state if (found := re.match(pattern, key))) + 1 - first
 
 
-def _renamed(state: dict[str, torch.Tensor], names, path):
-    """The tensors under our names; of several names, each has an equal part of the rows."""
-    missing = sorted(names.keys() - state.keys())
-    unexpected = sorted(k for k in state.keys() - names.keys() if not any(re.fullmatch(u, k) for u in UNUSED))
-    if missing or unexpected:
-        raise InputError(
-            f"weights '{path}' are another model's: {listed('missing', missing)}, {listed('unexpected', unexpected)}: "
-            f"give the files of {', '.join(FILES)}"
-        )
-    tensors = {}
-    for theirs, ours in names.items():
-        tensors |= zip(ours, state[theirs].chunk(len(ours)) if len(ours) > 1 else [state[theirs]])
-    return tensors
+def _another(path):
+    return f"weights '{path}' are another model's"
