@@ -7,7 +7,6 @@ read off the shapes.
 import math
 import re
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
