@@ -23,6 +23,7 @@ from transformers import (
     CLIPTokenizer,
     ViTImageProcessorPil,
 )
+from transformers.models.clipseg.modeling_clipseg import CLIPSegDecoderLayer
 from transformers.utils import logging
 
 from clipseg_repro.errors import InputError
@@ -43,6 +44,7 @@ REVISIONS = {
     **dict.fromkeys(FILES),  # likewise
 }
 
+CACHED_BYTES = 4 * 2**20  # of the decoder's widest activations, on a CPU: more do not stay in its cache
 RANDOM_SEED = 0  # of weights that stay random: a CLIP without pre-training, and ViTSeg's linear layer
 
 
@@ -88,9 +90,6 @@ def load_model(source="mini", clip=CLIP, pretrained=True):
         )
     if not pretrained:
         model = _random(type(model), model.config)
-    for module in model.decoder.modules():
-        if isinstance(module, torch.nn.ReLU):
-            module.inplace = True  # the same numbers, less memory to move
     return model.eval(), processor
 
 
@@ -328,7 +327,25 @@ def decode(model, activations, conditions):
         output = reduce(activation) + output
         if index == decoder.conditional_layer:
             output = decoder.film_mul(conditions)[:, None] * output + decoder.film_add(conditions)[:, None]
-        output = block(output, attention_mask=None)
+        output = _decoder_block(block, output)
     patches = output[:, 1:].transpose(1, 2)  # without the CLS token
     side = math.isqrt(patches.shape[2])
     return decoder.transposed_convolution(patches.unflatten(2, (side, side))).squeeze(1)
+
+
+def _decoder_block(block, hidden):
+    """block(hidden), (K, N, D). Without gradients, a CPU takes the widest part of it some rows at a time."""
+    if torch.is_grad_enabled() or hidden.device.type != "cpu" or not isinstance(block, CLIPSegDecoderLayer):
+        return block(hidden, attention_mask=None)
+    hidden = block.layer_norm1(hidden + block.self_attn(hidden, attention_mask=None)[0])
+    at_once = max(1, CACHED_BYTES // (block.mlp.fc1.out_features * hidden.element_size()))
+    wide = torch.cat([block.mlp(rows) for rows in hidden.flatten(0, 1).split(at_once)])
+    return block.layer_norm2(hidden + wide.view_as(hidden))
+
+
+def keep_freed_memory():
+    """Make glibc keep freed blocks of up to 32 MB for the next layer, where it would return them and fault in new pages.
+
+    Its limits follow the largest block that was freed so far (mallopt(3), M_MMAP_THRESHOLD); elsewhere this does nothing.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed at once

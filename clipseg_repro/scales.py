@@ -67,7 +67,7 @@ SCALES = {
         phrasecut=Path("mini/PhraseCut/VGPhraseCut_v0"),
         results=Path("."),
         live_steps=200,
-        training={"iterations": 4000, "phrases_per_image": 4, "film": "aligned"},
+        training={"iterations": 3000, "phrases_per_image": 4, "film": "aligned"},
         sources={
             "vitseg": Path("training/mini-vit/model"),
             "clipseg-resnet": Path("training/mini-resnet-clip/model"),

@@ -5,14 +5,13 @@ import torch
 from torch.nn import functional as F
 
 from clipseg_repro.errors import InputError
-from clipseg_repro.models import CLIP, decode, embed_images, embed_texts, encode, load_model
+from clipseg_repro.models import CLIP, decode, embed_images, embed_texts, encode, keep_freed_memory, load_model
 from clipseg_repro.prompts import RECIPES, Mix, VisualPrompt, load_image, prepare, to_pixels
 
 CACHED_TEXTS = 4096  # embeddings kept, 2 KB each
 TEXT_BATCH = 256
 VISUAL_BATCH = 16
-PROMPT_BATCH = 32  # prompts decoded at once: some 300 MB at 352 px
-CACHED_BYTES = 16 * 2**20  # of the decoder's widest activations, on a CPU: more do not stay in its cache
+PROMPT_BATCH = 32  # prompts decoded at once: some 100 MB at 352 px on a CPU
 
 
 def load_segmenter(source="mini", device=None, dtype=None, clip=CLIP):
@@ -40,6 +39,8 @@ class Segmenter:
         device = _device(device or model.device)
         self.model = model.to(device=device, dtype=_dtype(dtype or model.dtype, device)).eval()
         self.processor = processor
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._texts = {}  # phrase -> embedding, oldest first
         self._activations = None
         self._size = None
@@ -142,11 +143,7 @@ class Segmenter:
     def _decoded(self, conditions):
         """Logits in batches of bounded size: yields (<= PROMPT_BATCH, S, S) float32."""
         self._query_size()
-        at_once = PROMPT_BATCH
-        if self.device.type == "cpu":
-            tokens, width = self._activations[0].shape[1], self.model.config.decoder_intermediate_size
-            at_once = min(at_once, max(1, CACHED_BYTES // (tokens * width * self._activations[0].element_size())))
-        for batch in conditions.split(at_once):
+        for batch in conditions.split(PROMPT_BATCH):
             yield decode(self.model, self._activations, batch).float()
 
     def _maps(self, conditions):

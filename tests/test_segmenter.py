@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -253,7 +254,7 @@ def test_transformers_loads_the_folder_too(tiny_folder, picture):
 
 def test_weights_are_loaded_in_float32(tiny_model, tmp_path):
     model, processor = tiny_model
-    CLIPSegForImageSegmentation(model.config).to(torch.bfloat16).save_pretrained(tmp_path)
+    CLIPSegForImageSegmentation(deepcopy(model.config)).to(torch.bfloat16).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert {p.dtype for p in load_model(tmp_path)[0].parameters()} == {torch.float32}
 

@@ -14,7 +14,7 @@ from clipseg_repro.mini.vocabulary import load_vocabulary
 from clipseg_repro.models import load_model
 from clipseg_repro.variants import ClipSegResNet, ClipSegResNetConfig, ViTSeg, ViTSegConfig
 
-SHARE = 0.1  # of the mini CLIP's images, so of its two and a half hours on two cores
+SHARE = 0.1  # of the mini CLIP's images, so of its hours
 
 
 def build_resnet(tokenizer: CLIPTokenizer) -> ClipSegResNet:
