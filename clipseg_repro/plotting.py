@@ -131,7 +131,7 @@ def curves(frame, x, ys, xlabel=None, ylabel=None, marks=None, log=False):
     """Columns `ys` of a table against its column `x`.
 
     ys: column names, or {column: label}. A band is drawn where the table also has `<column>_low` and `<column>_high`.
-    marks: {label: value} of horizontal lines to compare with, such as the paper's figures. log: logarithmic x.
+    marks: {label: value} of horizontal lines to compare with, such as the paper's figures. log: logarithmic x, ticks at its values.
     """
     labels = ys if isinstance(ys, dict) else {y: y for y in ys}
     _check_columns(frame, [x, *labels], "curves")
@@ -145,6 +145,9 @@ def curves(frame, x, ys, xlabel=None, ylabel=None, marks=None, log=False):
         for n, (label, value) in enumerate((marks or {}).items(), start=len(labels)):
             axis.axhline(value, color=PALETTE[n % len(PALETTE)], linewidth=1, linestyle=":", label=label)
         axis.set(xlabel=x if xlabel is None else xlabel, ylabel=ylabel or "", xscale="log" if log else "linear")
+        if log:  # the values asked for, not powers of ten
+            axis.set_xticks(frame[x].unique(), labels=frame[x].unique(), minor=False)
+            axis.minorticks_off()
         axis.grid(alpha=0.3)
         _legend(axis, len(labels) + len(marks or {}))
         return _closed(figure)

@@ -71,7 +71,7 @@ class Cycle:
         return replace(self, stages=tuple(stages))
 
 
-# About three and a half hours on two cores. First from nothing to scenes, names before details: captions with details before the
+# Less than four hours on two cores. First from nothing to scenes, names before details: captions with details before the
 # towers agree on names slow everything down. Then at full size, gently: a second start at the full rate forgets the first.
 CYCLES = (
     Cycle(
@@ -87,13 +87,11 @@ CYCLES = (
         (Stage(76_800, 112, scene_rules(112, 4, (0.22, 0.65), 25), scene_rules(112, 5, (0.2, 0.6), 25)),),
         batch=32, peak=0.3, warm_up=50, decay=1.0,
     ),
-    Cycle(
-        (Stage(144_000, 112, scene_rules(112, 4, (0.2, 0.6), 25), scene_rules(112, 5, (0.2, 0.6), 25)),),
-        batch=32, peak=0.3, warm_up=50, decay=1.0,
-    ),
-    Cycle(
-        (Stage(144_000, 112, scene_rules(112, 4, (0.2, 0.6), 25), scene_rules(112, 5, (0.2, 0.6), 25)),),
-        batch=32, peak=0.3, warm_up=50, decay=1.0,
+    *2 * (
+        Cycle(
+            (Stage(144_000, 112, scene_rules(112, 4, (0.2, 0.6), 25), scene_rules(112, 5, (0.2, 0.6), 25)),),
+            batch=32, peak=0.3, warm_up=50, decay=1.0,
+        ),
     ),
 )  # fmt: skip
 

@@ -123,7 +123,7 @@ def pretrain(
 ) -> PreTrainedModel:
     """Pre-train the mini CLIP and save it as a `transformers` folder in `folder/model` (its decoder is untrained).
 
-    `budget` scales the number of images of every stage (1.0: about three and a half hours on two cores). The curve is in
+    `budget` scales the number of images of every stage (1.0: less than four hours on two cores). The curve is in
     `folder/curve.csv`; every cycle has a folder of its own there, with its checkpoint. Resumes exactly. `build(tokenizer)`
     gives the untrained model, one of variants.MODELS with a CLIP in it.
     """
