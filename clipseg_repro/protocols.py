@@ -1,25 +1,28 @@
 """The evaluation protocols of the paper's tables, one function each."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, field
+from threading import Lock
 
 import numpy as np
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
-from clipseg_repro.datasets import Sample
 from clipseg_repro.errors import InputError
 from clipseg_repro.metrics import KEYS, SegmentationMetrics, bootstrap
 from clipseg_repro.prompts import DEFAULT_RECIPE, VisualPrompt, interpolate
 
 SIZE_BINS = {"small": (0.0, 0.04), "medium": (0.04, 0.12), "large": (0.12, 1.01)}  # share of the image's pixels
+WORKERS = 8  # at most, on a CPU: more wait for Python
 
 
 @dataclass
 class PhraseCutResult:
-    """Outcome of `phrasecut`. `samples`: one row per phrase (columns below); `counts` (N, 49, 4) of `threshold_counts`.
+    """Outcome of `phrasecut`. `samples`: one row per phrase (columns below); `exact`: the metric, with a group per phrase.
 
     Columns of `samples`: index (in the data set), image_id, phrase, category (category, attribute or relation), area
     (share of the image), on_target and on_others (mean probability on the prompted object and on the image's other
@@ -28,8 +31,12 @@ class PhraseCutResult:
 
     prompts: str
     samples: pd.DataFrame
-    counts: np.ndarray
     exact: SegmentationMetrics = field(repr=False)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(N, 49, 4): the `threshold_counts` of every phrase."""
+        return self.exact.counts[: len(self.samples)].numpy()
 
     @property
     def released(self) -> SegmentationMetrics:
@@ -81,54 +88,75 @@ def phrasecut(
     """
     if prompts not in ("text", "visual", "mixed"):
         raise InputError(f"unknown prompts '{prompts}': choose text, visual or mixed")
-    exact = SegmentationMetrics(convention="exact")
-    rows, counts = [], []
     images = list(dataset.by_image.items())[:limit]
-    progress = tqdm(images, desc=f"PhraseCut, {prompts} prompts", unit="image", mininterval=1)
-    for image_id, samples in _read_ahead(dataset, progress):
+    phrases = sum(len(indices) for _, indices in images)
+    exact = SegmentationMetrics(num_groups=max(1, phrases), convention="exact")
+    counting = Lock()
+
+    def asked():
+        """(image id, its samples, the indices of those to ask for, their prompts), and how many came before these."""
+        before = 0
+        for image_id, indices in images:
+            samples, given = {i: dataset[i] for i in indices}, {}
+            for i, sample in samples.items():
+                prompt = template.format(sample.phrase)
+                if prompts != "text":
+                    support = dataset.visual_support(i, np.random.default_rng([seed, i]))
+                    if support is None:
+                        continue
+                    visual = VisualPrompt(support.image, support.mask == 1, recipe)
+                    prompt = visual if prompts == "visual" else interpolate(prompt, visual, weight)
+                given[i] = prompt
+            yield image_id, samples, given, before
+            before += len(given)
+
+    def answered(image_id, samples, given, before):
+        """Rows of the table of samples."""
+        if not given:
+            return []
         masks = {i: sample.mask == 1 for i, sample in samples.items()}
-        asked, given = [], []
-        for i, sample in samples.items():
-            prompt = template.format(sample.phrase)
-            if prompts != "text":
-                support = dataset.visual_support(i, np.random.default_rng([seed, i]))
-                if support is None:
-                    continue
-                visual = VisualPrompt(support.image, support.mask == 1, recipe)
-                prompt = visual if prompts == "visual" else interpolate(prompt, visual, weight)
-            asked.append(i)
-            given.append(prompt)
-        if not asked:
-            continue
-        segmenter.set_image(samples[asked[0]].image)
         objects = np.any(list(masks.values()), axis=0)
-        for i, probability in zip(asked, segmenter.predict(given), strict=True):
-            sample, mask = samples[i], masks[i]
-            others = objects & ~mask
-            before = exact.counts.clone()
-            exact.update(probability, sample.mask)
-            counts.append((exact.counts - before)[0].numpy())  # of this sample alone
+        own = copy(segmenter)  # the threads share the model, not the image
+        own.set_image(next(iter(samples.values())).image)
+        probabilities = own.predict(list(given.values()))
+        with counting:
+            exact.update(probabilities, [samples[i].mask for i in given], range(before, before + len(given)))
+        rows = []
+        for i, probability in zip(given, probabilities, strict=True):
+            mask, others = masks[i], objects & ~masks[i]
             rows.append({
-                "index": i, "image_id": image_id, "phrase": sample.phrase, "category": _category(dataset.structures[i]),
-                "area": float(mask.mean()), "on_target": float(probability[mask].mean()) if mask.any() else np.nan,
+                "index": i, "image_id": image_id, "phrase": samples[i].phrase,
+                "category": _category(dataset.structures[i]), "area": float(mask.mean()),
+                "on_target": float(probability[mask].mean()) if mask.any() else np.nan,
                 "on_others": float(probability[others].mean()) if others.any() else np.nan,
             })  # fmt: skip
+        return rows
+
+    answers = _in_parallel(answered, asked(), segmenter.device)
+    progress = tqdm(answers, f"PhraseCut, {prompts} prompts", len(images), unit="image", mininterval=1)
+    rows = [row for rows in progress for row in rows]
     if not rows:
         raise InputError("no phrase to evaluate: the split is empty or, for visual prompts, no phrase occurs twice")
-    return PhraseCutResult(prompts, pd.DataFrame(rows), np.stack(counts), exact)
+    return PhraseCutResult(prompts, pd.DataFrame(rows), exact)
 
 
-def _read_ahead(dataset, images: Iterable[tuple[int, list[int]]]) -> Iterator[tuple[int, dict[int, Sample]]]:
-    """(image id, {index: sample}) of each (image id, indices), read by a thread while the caller works on the one before."""
-    with ThreadPoolExecutor(1) as reader:
-        pending = deque()
-        for image_id, indices in images:
-            pending.append((image_id, reader.submit(lambda indices: {i: dataset[i] for i in indices}, indices)))
-            if len(pending) > 1:
-                image_id, samples = pending.popleft()
-                yield image_id, samples.result()
-        for image_id, samples in pending:
-            yield image_id, samples.result()
+def _in_parallel(work: Callable, tasks: Iterable[tuple], device: torch.device) -> Iterator:
+    """work(*task) of every task, in order, by a few threads. They share the CPU's cores, which one image alone does not
+    keep busy; the caller's thread meanwhile goes through `tasks`, a few ahead of the results."""
+    cores = torch.get_num_threads()
+    workers = min(cores, WORKERS) if device.type == "cpu" else 2
+    threads = max(1, cores // workers)
+    pending = deque()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+            for task in tasks:
+                pending.append(pool.submit(work, *task))
+                if len(pending) > workers:
+                    yield pending.popleft().result()
+            for result in pending:
+                yield result.result()
+    finally:
+        torch.set_num_threads(cores)  # which is one number for the process
 
 
 def _category(structure: dict) -> str:

@@ -11,7 +11,9 @@ from clipseg_repro.prompts import RECIPES, Mix, VisualPrompt, load_image, prepar
 CACHED_TEXTS = 4096  # embeddings kept, 2 KB each
 TEXT_BATCH = 256
 VISUAL_BATCH = 16
-PROMPT_BATCH = 32  # prompts decoded at once: some 100 MB at 352 px on a CPU
+PROMPT_BATCH = (
+    16  # prompts decoded at once: some 50 MB at 352 px, in blocks that a CPU keeps (models.keep_freed_memory)
+)
 
 
 def load_segmenter(source="mini", device=None, dtype=None, clip=CLIP):
@@ -61,9 +63,8 @@ class Segmenter:
         """Probability maps, (K, H, W) float32 array in [0, 1], at the query image's own size.
 
         Probabilities are resized bilinearly with aligned corners, as in the released evaluation."""
-        conditions = self.conditions(prompts)
-        maps = self._maps(conditions)
-        return np.stack([probability.cpu().numpy() for probability in maps])
+        maps = [self._resized(batch.sigmoid()).cpu().numpy() for batch in self._decoded(self.conditions(prompts))]
+        return maps[0] if len(maps) == 1 else np.concatenate(maps)
 
     def logits(self, prompts):
         """Raw logits, (K, S, S) float32 tensor, at the model's input size S."""
@@ -112,7 +113,7 @@ class Segmenter:
             known |= zip(batch, embed_texts(self.model, self.processor, batch).float())
         self._texts |= {text: known[text] for text in new}
         for text in list(self._texts)[:-CACHED_TEXTS]:
-            del self._texts[text]
+            self._texts.pop(text, None)  # another thread may have been faster
         return known
 
     def _embed_visuals(self, prompts):
@@ -150,8 +151,11 @@ class Segmenter:
         """Probability maps at the query's size, one (H, W) tensor per condition."""
         for batch in self._decoded(conditions):
             for probability in batch.sigmoid():
-                resized = F.interpolate(probability[None, None], self._size, mode="bilinear", align_corners=True)
-                yield resized[0, 0].clamp(0, 1)
+                yield self._resized(probability[None])[0]
+
+    def _resized(self, probabilities):
+        """(K, S, S) to the query's size."""
+        return F.interpolate(probabilities[None], self._size, mode="bilinear", align_corners=True)[0].clamp_(0, 1)
 
 
 def _as_list(prompts):

@@ -84,6 +84,7 @@ def test_ctrl_c_ends_cleanly_and_the_next_run_goes_on(project):
     slow = project / "notebooks" / "01_second.ipynb"
     write_notebook(slow, TRACE.format("slow"), "import time; time.sleep(600)")
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # background jobs inherit it ignored
         "from clipseg_repro import cli, scales; scales.Scale.prepare = lambda self: None; "
         "cli.app(['reproduce'], prog_name='clipseg-repro')"
     )
@@ -94,7 +95,10 @@ def test_ctrl_c_ends_cleanly_and_the_next_run_goes_on(project):
                 break
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        message = process.communicate(timeout=60)[1]
+        try:
+            message = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert message.rstrip().endswith("Stopped. Run the same command again to go on from here.")
     assert "Traceback" not in message
