@@ -354,6 +354,13 @@ def test_wrong_settings(many):
             PhraseCutPlus(many, **settings)
 
 
+def test_too_few_phrases(official):
+    """Only "black dog" has a second sample, and a negative needs another phrase."""
+    with pytest.raises(InputError, match=r"1 phrase\(s\) that two samples share, 2 needed: .* negative=0"):
+        PhraseCutPlus(PhraseCut(official, "test"), text_weight=(0, 0))
+    assert len(PhraseCutPlus(PhraseCut(official, "test"), text_weight=(0, 0), negative=0)) == 2
+
+
 def test_phrases_are_grouped(many):
     assert {p: len(i) for p, i in many.by_phrase.items()} == {"cat": 6, "dog": 3, "owl": 1}
     assert all(a < b for indices in many.by_phrase.values() for a, b in pairwise(indices))

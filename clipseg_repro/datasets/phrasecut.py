@@ -238,8 +238,11 @@ class PhraseCutPlus:
         self.phrases_per_image = phrases_per_image
         least = 2 if visual and high == 0 else 1
         self._phrases = sorted(p for p, samples in dataset.by_phrase.items() if len(samples) >= least)
-        if len(self._phrases) < (2 if negative else 1):
-            raise InputError("negatives need at least two different phrases: use more data, or negative=0")
+        needed = 2 if negative else 1  # a negative's phrase is another one
+        if len(self._phrases) < needed:
+            shared = " that two samples share" if least == 2 else ""
+            remedy = "use more data, or negative=0" if self._phrases else "use more data"
+            raise InputError(f"the data have {len(self._phrases)} phrase(s){shared}, {needed} needed: {remedy}")
         kept = {i for phrase in self._phrases for i in dataset.by_phrase[phrase]}
         self._samples = sorted(kept)
         self._by_image = {image: [i for i in own if i in kept] for image, own in dataset.by_image.items()}
