@@ -10,10 +10,12 @@ import contextlib
 import json
 import math
 import re
+from logging import CRITICAL
 from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub import utils as hub
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import (
     CLIPModel,
@@ -258,16 +260,24 @@ def _read_released(path, clip):
 
 @contextlib.contextmanager
 def _quiet():
-    """Silence progress bars and load reports: we raise on what matters."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+    """Silence load reports and retries: we raise on what matters. The bars of downloads stay."""
+    libraries = (logging, hub.logging)
+    levels = [library.get_verbosity() for library in libraries]
+    bars, silent = logging.is_progress_bar_enabled(), hub.are_progress_bars_disabled()
+    for library in libraries:
+        library.set_verbosity(CRITICAL)
+    logging.disable_progress_bar()  # which disables the Hub's too
+    if not silent:
+        hub.enable_progress_bars()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+        if silent:
+            hub.disable_progress_bars()
 
 
 @torch.no_grad()

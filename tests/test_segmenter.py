@@ -3,12 +3,15 @@
 import json
 import shutil
 from copy import deepcopy
+from logging import CRITICAL
 
 import numpy as np
 import pytest
 import torch
 from conftest import random_model, tiny_config, tiny_processor
+from huggingface_hub import utils as hub
 from transformers import AutoProcessor, CLIPSegForImageSegmentation
+from transformers.utils import logging
 
 from clipseg_repro import Segmenter, VisualPrompt, interpolate, load_segmenter, models
 from clipseg_repro import segmenter as segmenter_module
@@ -322,6 +325,23 @@ def test_damaged_folders_are_refused(damage, reason, tiny_folder, tmp_path):
     with pytest.raises(InputError, match=reason) as caught:
         load_model(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_loading_is_quiet_but_for_downloads(disabled):
+    """The Hub's retries are not logged; its bars stay, unless the caller disabled them; then all is as before."""
+
+    def state():
+        return hub.logging.get_verbosity(), hub.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
+
+    hub.disable_progress_bars() if disabled else hub.enable_progress_bars()
+    try:
+        before = state()
+        with models._quiet():
+            assert state() == (CRITICAL, disabled, False)
+        assert state() == before
+    finally:
+        hub.enable_progress_bars()
 
 
 def test_unknown_models_are_refused(tmp_path, monkeypatch):
