@@ -18,14 +18,15 @@ from tqdm.auto import tqdm
 from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPSegProcessor
 
 from clipseg_repro.datasets.phrasecut import PhraseCut
-from clipseg_repro.metrics import THRESHOLDS, SegmentationMetrics
+from clipseg_repro.evaluation.metrics import THRESHOLDS, SegmentationMetrics
+from clipseg_repro.evaluation.referring import phrasecut
 from clipseg_repro.mini.vocabulary import load_vocabulary
-from clipseg_repro.models import decode, encode, load_model, released_pixels
+from clipseg_repro.models.forward import decode, encode
+from clipseg_repro.models.loading import load_model, released_pixels
 from clipseg_repro.prompts import RELEASED_SIZE, to_pixels
-from clipseg_repro.protocols import phrasecut
-from clipseg_repro.results import save_table
-from clipseg_repro.scales import Scale
 from clipseg_repro.segmenter import Segmenter, load_segmenter
+from clipseg_repro.study.results import save_table
+from clipseg_repro.study.scales import Scale
 
 # What we promise: prompts on one image -> times faster than the documented call; the last is for the default dtype.
 PROMPT_GOALS = {1: 1.15, 5: 5, 20: 15, 80: 30}

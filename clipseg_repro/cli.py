@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from clipseg_repro.errors import InputError
-from clipseg_repro.scales import SCALES, data_root, get_scale
+from clipseg_repro.study.scales import SCALES, data_root, get_scale
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -17,7 +17,7 @@ class _Group(typer.core.TyperGroup):
     """Turns what users cause (bad input, Ctrl-C) into one line on stderr and an exit code."""
 
     def invoke(self, ctx):
-        from clipseg_repro.study import NotebookFailed
+        from clipseg_repro.study.runner import NotebookFailed
 
         try:
             return super().invoke(ctx)
@@ -128,7 +128,7 @@ def data_weights(
     out: Annotated[Path | None, typer.Option(help="Folder for the files; weights/ of the data folder if none.")] = None,
 ):
     """Fetch the authors' released weights (three .pth files). Goes on where it was stopped."""
-    from clipseg_repro.released import fetch_weights
+    from clipseg_repro.models.released import fetch_weights
 
     for path in fetch_weights(out or data_root() / "weights"):
         typer.echo(path)
@@ -149,8 +149,9 @@ def train(
     seed: Annotated[int, typer.Option(help="Another seed gives another model.")] = 0,
 ):
     """Train a model, saved in results/training/RUN with its curve and checkpoint; goes on where it was stopped."""
-    from clipseg_repro import training
-    from clipseg_repro.mini.towers import PRETRAINING
+    from clipseg_repro.mini.pretrain_backbones import PRETRAINING
+    from clipseg_repro.training import experiments
+    from clipseg_repro.training import train as train_decoder
 
     chosen = get_scale(scale)
     folder = chosen.results / "training" / run
@@ -159,13 +160,13 @@ def train(
             raise InputError(f"{run} starts from nothing and has its own curriculum: leave out --source and --steps")
         PRETRAINING[run](folder, seed=seed)
     else:
-        if run not in training.experiments():  # before the data are built
-            known = [*PRETRAINING, *training.experiments()]
+        if run not in experiments():  # before the data are built
+            known = [*PRETRAINING, *experiments()]
             raise InputError(f"unknown run '{run}': choose one of {', '.join(known)}")
-        source = source or chosen.source(training.experiments()[run]["model"])  # likewise
+        source = source or chosen.source(experiments()[run]["model"])  # likewise
         chosen.prepare()
         budget = chosen.training | ({"iterations": steps} if steps else {})
-        training.train(run, chosen.phrasecut, folder, source=source, seed=seed, **budget)
+        train_decoder(run, chosen.phrasecut, folder, source=source, seed=seed, **budget)
     typer.echo(f"The model is in {folder / 'model'}")
 
 
@@ -181,7 +182,7 @@ def evaluate(
     """Measure a model on PhraseCut, as in the paper's Table 3."""
     from clipseg_repro import load_segmenter
     from clipseg_repro.datasets.phrasecut import PhraseCut
-    from clipseg_repro.protocols import phrasecut
+    from clipseg_repro.evaluation import phrasecut
 
     chosen = get_scale(scale)
     chosen.prepare()
@@ -229,7 +230,7 @@ def reproduce(
     resume: Annotated[bool, typer.Option("--resume/--restart", help="Skip what is done, or run all again.")] = True,
 ):
     """Run the notebooks in order; they write the tables and figures of the study to results/."""
-    from clipseg_repro.study import reproduce as run_study
+    from clipseg_repro.study.runner import reproduce as run_study
 
     copies = run_study(only or (), scale, resume)
     typer.echo(f"{len(copies)} notebooks done; tables and figures are in {get_scale(scale).results}")

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from clipseg_repro.errors import InputError
-from clipseg_repro.models import CLIP, decode, embed_images, embed_texts, encode, keep_freed_memory, load_model
+from clipseg_repro.models.forward import decode, embed_images, embed_texts, encode, keep_freed_memory
+from clipseg_repro.models.loading import CLIP, load_model
 from clipseg_repro.prompts import RECIPES, Mix, VisualPrompt, load_image, prepare, to_pixels
 
 CACHED_TEXTS = 4096  # embeddings kept, 2 KB each

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from clipseg_repro.downloads import download
-from clipseg_repro.models import load_model
+from clipseg_repro.models.loading import load_model
 from clipseg_repro.prompts import load_image
 from clipseg_repro.segmenter import Segmenter
 

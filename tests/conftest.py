@@ -16,7 +16,8 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from clipseg_repro.models import load_model
+from clipseg_repro.mini.export import build
+from clipseg_repro.models.loading import load_model
 from clipseg_repro.prompts import IMAGENET_MEAN, IMAGENET_STD, TRAIN_TEMPLATES
 from clipseg_repro.segmenter import Segmenter
 
@@ -148,3 +149,11 @@ def picture_mask():
     """(90, 140) bool: the disc of `picture`."""
     y, x = np.ogrid[:90, :140]
     return (y - 50) ** 2 + (x - 60) ** 2 < 400
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder with a PhraseCut of 24 + 4 + 4 scenes."""
+    folder = tmp_path_factory.mktemp("phrasecut")
+    build(folder, splits={"train": 24, "val": 4, "test": 4}, workers=1)
+    return folder

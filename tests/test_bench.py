@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clipseg_repro import bench
-from clipseg_repro.metrics import threshold_counts
+from clipseg_repro.evaluation.metrics import threshold_counts
 
 
 def test_peer_of_the_metrics_counts_the_same():

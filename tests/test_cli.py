@@ -8,9 +8,10 @@ from PIL import Image
 from transformers import AutoProcessor, CLIPSegForImageSegmentation
 from typer.testing import CliRunner
 
-from clipseg_repro import load_segmenter, released, verify
+from clipseg_repro import load_segmenter, verify
 from clipseg_repro.cli import app
-from clipseg_repro.scales import SCALES
+from clipseg_repro.models import released
+from clipseg_repro.study.scales import SCALES
 
 
 @pytest.fixture
@@ -88,12 +89,12 @@ def test_other_commands_refuse_bad_input(run):
 
 
 def test_a_failed_notebook_is_exit_code_1(run, monkeypatch):
-    from clipseg_repro import study
+    from clipseg_repro.study import runner
 
     def fail(*_):
-        raise study.NotebookFailed("03_text_prompts.ipynb, cell 4")
+        raise runner.NotebookFailed("03_text_prompts.ipynb, cell 4")
 
-    monkeypatch.setattr(study, "reproduce", fail)
+    monkeypatch.setattr(runner, "reproduce", fail)
     result = run("reproduce")
     assert result.exit_code == 1
     assert result.stderr == "Failed: 03_text_prompts.ipynb, cell 4\n"
@@ -103,7 +104,7 @@ def test_train_passes_on_the_scale_and_the_budget(run, files, monkeypatch):
     given = {}
     monkeypatch.delenv("CLIPSEG_REPRO_DATA", raising=False)
     monkeypatch.delenv("CLIPSEG_REPRO_RESULTS", raising=False)
-    monkeypatch.setattr("clipseg_repro.scales.Scale.prepare", lambda self: None)
+    monkeypatch.setattr("clipseg_repro.study.scales.Scale.prepare", lambda self: None)
     monkeypatch.setattr("clipseg_repro.training.train", lambda *a, **k: given.update(arguments=a, **k))
     assert run("train", "clipseg-pc", "--steps", 5, "--seed", 3).exit_code == 0
     folders = (files / "data/mini/PhraseCut/VGPhraseCut_v0", files / "results/training/clipseg-pc")
@@ -184,8 +185,8 @@ def test_ctrl_c_says_how_to_go_on(run, monkeypatch, command):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clipseg_repro.study.reproduce", interrupt)
-    monkeypatch.setattr("clipseg_repro.scales.Scale.prepare", interrupt)
+    monkeypatch.setattr("clipseg_repro.study.runner.reproduce", interrupt)
+    monkeypatch.setattr("clipseg_repro.study.scales.Scale.prepare", interrupt)
     result = run(*command)
     assert result.exit_code == 130
     assert "Run the same command again" in result.stderr

@@ -44,7 +44,7 @@ def test_what_is_imported_is_declared(folder, declared):
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.split(".")[0])
-    ours = {"clipseg_repro"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
+    ours = {"clipseg_repro"} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
     known = packages_distributions()
     for module in imported - ours - set(sys.stdlib_module_names):
         names = {canonicalize_name(name) for name in known.get(module, [module])}

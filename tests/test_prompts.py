@@ -12,7 +12,7 @@ from conftest import random_model, tiny_config, tiny_processor
 from PIL import Image
 
 from clipseg_repro.errors import InputError
-from clipseg_repro.models import embed_images
+from clipseg_repro.models.forward import embed_images
 from clipseg_repro.prompts import (
     DEFAULT_RECIPE,
     RECIPES,
@@ -31,7 +31,7 @@ from clipseg_repro.prompts import (
 def test_recipes_are_the_rows_of_table_2():
     assert len(RECIPES) == 15
     assert DEFAULT_RECIPE in RECIPES
-    table = files("clipseg_repro") / "reported_results.csv"
+    table = files("clipseg_repro.study") / "reported_results.csv"
     if not table.is_file():
         pytest.skip("reported_results.csv is not in the package yet")
     with table.open(encoding="utf-8") as file:

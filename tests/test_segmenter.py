@@ -13,10 +13,12 @@ from huggingface_hub import utils as hub
 from transformers import AutoProcessor, CLIPSegForImageSegmentation
 from transformers.utils import logging
 
-from clipseg_repro import Segmenter, VisualPrompt, interpolate, load_segmenter, models
+from clipseg_repro import Segmenter, VisualPrompt, interpolate, load_segmenter
 from clipseg_repro import segmenter as segmenter_module
 from clipseg_repro.errors import InputError
-from clipseg_repro.models import decode, encode, load_model
+from clipseg_repro.models import loading
+from clipseg_repro.models.forward import decode, encode
+from clipseg_repro.models.loading import load_model
 from clipseg_repro.prompts import RECIPES, prepare, to_pixels
 
 TEXTS = ["a cat", "a photo of a small red dog.", "something to sit on"]
@@ -337,7 +339,7 @@ def test_loading_is_quiet_but_for_downloads(disabled):
     hub.disable_progress_bars() if disabled else hub.enable_progress_bars()
     try:
         before = state()
-        with models._quiet():
+        with loading._quiet():
             assert state() == (CRITICAL, disabled, False)
         assert state() == before
     finally:
@@ -350,6 +352,6 @@ def test_unknown_models_are_refused(tmp_path, monkeypatch):
         load_model("nobody/clipseg-none")
     with pytest.raises(InputError, match="unknown model 'mimi'"):
         load_model("mimi")
-    monkeypatch.setattr(models, "MINI", tmp_path)
+    monkeypatch.setattr(loading, "MINI", tmp_path)
     with pytest.raises(InputError, match="weights are missing"):
         load_model("mini")

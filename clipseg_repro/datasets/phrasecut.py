@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from skimage.draw import polygon2mask
 
-from clipseg_repro.datasets import Sample
+from clipseg_repro.datasets.sample import Sample
 from clipseg_repro.errors import InputError
 from clipseg_repro.prompts import TRAIN_TEMPLATES, VisualPrompt
 

@@ -25,7 +25,6 @@ from transformers import (
 )
 
 from clipseg_repro.files import written_whole
-from clipseg_repro.loop import fast_attention, fit
 from clipseg_repro.mini.curriculum import (
     CYCLES,
     LAST,
@@ -38,9 +37,10 @@ from clipseg_repro.mini.curriculum import (
 )
 from clipseg_repro.mini.phrases import name_phrases, tokenizer_corpus
 from clipseg_repro.mini.vocabulary import load_vocabulary
-from clipseg_repro.models import encode
+from clipseg_repro.models.forward import encode
+from clipseg_repro.models.variants import backbone
 from clipseg_repro.prompts import IMAGENET_MEAN, IMAGENET_STD, TRAIN_TEMPLATES
-from clipseg_repro.variants import backbone
+from clipseg_repro.training.loop import fast_attention, fit
 
 POOLING = 10.0  # sharpness of the soft maximum over patches: cosines that differ by 0.1 weigh 1 : e
 

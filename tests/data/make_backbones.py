@@ -1,4 +1,4 @@
-"""Writes backbones.json: figures of timm, open_clip and the authors' baselines on the inputs of tests/test_backbones.py.
+"""Writes backbones.json: figures of timm, open_clip and the authors' baselines on the inputs of tests/models/test_backbones.py.
 
     PYTHONPATH=. python tests/data/make_backbones.py CLIPSEG
 
@@ -26,7 +26,7 @@ library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 open_clip, timm = import_module("open_clip"), import_module("timm")  # by name: no dependencies of the project
 
-sys.path[:0] = [str(HERE.parent)]
+sys.path[:0] = [str(HERE.parent / room) for room in ("", "models")]
 import test_backbones as cases  # noqa: E402
 from test_parity import figures, image, random_weight  # noqa: E402
 

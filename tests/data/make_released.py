@@ -3,7 +3,7 @@
     PYTHONPATH=. python tests/data/make_released.py CLIPSEG CLIP
 
 CLIPSEG and CLIP are checkouts of timojl/clipseg and openai/CLIP. Their modules are imported as they are, with these
-stand-ins: `clip.load` gives a full-size CLIP with the random weights of tests/test_parity.py, renamed, in place of a
+stand-ins: `clip.load` gives a full-size CLIP with the random weights of tests/models/test_parity.py, renamed, in place of a
 download; `clip.tokenize` gives that file's token ids, padded as CLIP pads; torchvision's constant padding is torch's;
 scipy.integrate.simps, gone since SciPy 1.14, is simpson(y, x=x); `general_utils` is nothing but a log.
 """
@@ -24,7 +24,7 @@ import torch
 
 HERE = Path(__file__).parent
 CLIPSEG, CLIP = map(Path, sys.argv[1:])
-sys.path[:0] = [str(HERE.parent)]
+sys.path[:0] = [str(HERE.parent / room) for room in ("", "models", "evaluation")]
 
 import test_metrics  # noqa: E402
 import test_parity  # noqa: E402
@@ -144,7 +144,7 @@ def write(name, note, entries):
 
 @torch.no_grad()
 def logits(clipseg, ours):
-    """CLIPDensePredT on the cases of tests/test_parity.py."""
+    """CLIPDensePredT on the cases of tests/models/test_parity.py."""
     entries = {}
     for case in test_parity.CASES:
         size, head, width, layers = case
@@ -207,7 +207,7 @@ def prompts(clipseg, clip_model, evaluation_utils):
 
 
 def metrics(released):
-    """FixedIntervalMetrics on the cases of tests/test_metrics.py; 255 goes in as its mask argument."""
+    """FixedIntervalMetrics on the cases of tests/evaluation/test_metrics.py; 255 goes in as its mask argument."""
     entries = {}
     for name in test_metrics.CASES:
         maps, targets, groups = test_metrics.case(name)

@@ -17,8 +17,8 @@ from huggingface_hub import try_to_load_from_cache
 import clipseg_repro
 from clipseg_repro.errors import InputError
 from clipseg_repro.files import written_whole
-from clipseg_repro.models import MINI
-from clipseg_repro.scales import Scale
+from clipseg_repro.models.loading import MINI
+from clipseg_repro.study.scales import Scale
 
 DIGITS = 3  # decimals kept: results must come out the same on another machine
 PACKAGE = Path(clipseg_repro.__file__).parent

@@ -7,7 +7,7 @@ from transformers import AutoProcessor, CLIPSegForImageSegmentation
 from clipseg_repro import load_segmenter
 from clipseg_repro.mini.scenes import SceneRules, compose
 from clipseg_repro.mini.vocabulary import load_vocabulary
-from clipseg_repro.models import MINI
+from clipseg_repro.models.loading import MINI
 
 RULES = SceneRules(sizes=((160, 160),), objects=(2, 2), scale=(0.35, 0.5), repeat=0.0)
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from clipseg_repro.errors import InputError
-from clipseg_repro.released import renamed
+from clipseg_repro.models.released import renamed
 
 # Hub id -> the file in it.
 FILES = {

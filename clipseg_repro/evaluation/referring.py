@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from clipseg_repro.errors import InputError
-from clipseg_repro.metrics import KEYS, SegmentationMetrics, bootstrap
+from clipseg_repro.evaluation.metrics import KEYS, SegmentationMetrics, bootstrap
 from clipseg_repro.prompts import DEFAULT_RECIPE, VisualPrompt, interpolate
 
 SIZE_BINS = {"small": (0.0, 0.04), "medium": (0.04, 0.12), "large": (0.12, 1.01)}  # share of the image's pixels

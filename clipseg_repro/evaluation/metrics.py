@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from scipy.integrate import simpson
 from torchmetrics import Metric
 
-from .errors import InputError
+from clipseg_repro.errors import InputError
 
 KEYS = ("miou", "iou_fg", "iou_bin", "ap")
 CONVENTIONS = ("released", "exact")

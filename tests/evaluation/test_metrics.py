@@ -13,9 +13,16 @@ from torchmetrics.functional.classification import binary_jaccard_index
 from torchmetrics.utilities import dim_zero_sum
 
 from clipseg_repro.errors import InputError
-from clipseg_repro.metrics import CONVENTIONS, KEYS, THRESHOLDS, SegmentationMetrics, bootstrap, threshold_counts
+from clipseg_repro.evaluation.metrics import (
+    CONVENTIONS,
+    KEYS,
+    THRESHOLDS,
+    SegmentationMetrics,
+    bootstrap,
+    threshold_counts,
+)
 
-RELEASED = json.loads((Path(__file__).parent / "data" / "released_metrics.json").read_text())
+RELEASED = json.loads((Path(__file__).parents[1] / "data" / "released_metrics.json").read_text())
 CURVES = KEYS[:3]
 
 

@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipseg_repro.datasets.phrasecut import PhraseCut, PhraseCutPlus, TrainingSample
 from clipseg_repro.errors import InputError
-from clipseg_repro.loop import fast_attention, fit
-from clipseg_repro.metrics import SegmentationMetrics
-from clipseg_repro.models import decode, embed_images, embed_texts, encode, load_model
+from clipseg_repro.evaluation.metrics import SegmentationMetrics
+from clipseg_repro.models.forward import decode, embed_images, embed_texts, encode
+from clipseg_repro.models.loading import load_model
+from clipseg_repro.models.variants import adapted, backbone
 from clipseg_repro.prompts import prepare, to_pixels
 from clipseg_repro.segmenter import Segmenter
-from clipseg_repro.variants import adapted, backbone
+from clipseg_repro.training.loop import fast_attention, fit
 
 ALIGN_ON = 64  # training images that `align_film` looks at
 

@@ -11,8 +11,8 @@ from transformers import CLIPTokenizer
 from clipseg_repro.mini.curriculum import LAST, fresh_scenes
 from clipseg_repro.mini.pretrain import build_model, optimisers, pretrain, rescale, run_cycles
 from clipseg_repro.mini.vocabulary import load_vocabulary
-from clipseg_repro.models import load_model
-from clipseg_repro.variants import ClipSegResNet, ClipSegResNetConfig, ViTSeg, ViTSegConfig
+from clipseg_repro.models.loading import load_model
+from clipseg_repro.models.variants import ClipSegResNet, ClipSegResNetConfig, ViTSeg, ViTSegConfig
 
 SHARE = 0.1  # of the mini CLIP's images, so of its hours
 

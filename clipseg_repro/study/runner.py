@@ -13,8 +13,8 @@ from nbclient.exceptions import DeadKernelError
 from tqdm.auto import tqdm
 
 from clipseg_repro.errors import InputError
-from clipseg_repro.results import PACKAGE, sha256
-from clipseg_repro.scales import Scale, get_scale, project_root
+from clipseg_repro.study.results import PACKAGE, sha256
+from clipseg_repro.study.scales import Scale, get_scale, project_root
 
 
 class NotebookFailed(RuntimeError):

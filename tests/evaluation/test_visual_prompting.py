@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from clipseg_repro.errors import InputError
+from clipseg_repro.evaluation.visual_prompting import name_probabilities, named_things, visual_prompt_gain, whole_image
 from clipseg_repro.prompts import RECIPES, VisualPrompt, to_pixels
-from clipseg_repro.visual_prompting import name_probabilities, named_things, visual_prompt_gain, whole_image
 
 
 def library_probabilities(segmenter, image, names):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import CLIPSegTextModel, ViTConfig, ViTModel
 
 from clipseg_repro.errors import InputError
-from clipseg_repro.resnet import ModifiedResNet
+from clipseg_repro.models.resnet import ModifiedResNet
 
 
 class Backbone(Protocol):

@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 
-from clipseg_repro.models import decode, embed_images, embed_texts, encode
+from clipseg_repro.models.forward import decode, embed_images, embed_texts, encode
 from clipseg_repro.prompts import interpolate
 from clipseg_repro.segmenter import Segmenter
 
-LOGITS = Path(__file__).parent / "data" / "released_logits.json"
+LOGITS = Path(__file__).parents[1] / "data" / "released_logits.json"
 # (side in pixels, head, D, extracted layers); at 352 px, where positions are interpolated, the three released models
 CASES = [
     *(

@@ -9,9 +9,9 @@ from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPSegVisi
 from transformers import initialization as init
 from transformers.models.clipseg.modeling_clipseg import CLIPSegDecoder, CLIPSegPreTrainedModel
 
-from clipseg_repro.backbones import Backbone, ClipResNet, ClipViT, ImageNetViT
 from clipseg_repro.errors import InputError
-from clipseg_repro.resnet import AttentionPool, Bottleneck
+from clipseg_repro.models.backbones import Backbone, ClipResNet, ClipViT, ImageNetViT
+from clipseg_repro.models.resnet import AttentionPool, Bottleneck
 
 
 class ClipDeconvConfig(CLIPSegConfig):

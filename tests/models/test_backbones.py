@@ -20,17 +20,16 @@ from transformers import CLIPSegForImageSegmentation
 from clipseg_repro import Segmenter, VisualPrompt, interpolate, load_segmenter, models
 from clipseg_repro.datasets.phrasecut import PhraseCut, PhraseCutPlus
 from clipseg_repro.errors import InputError
-from clipseg_repro.mini import curriculum, pretrain
-from clipseg_repro.mini import towers as mini_towers
-from clipseg_repro.mini.export import build
-from clipseg_repro.models import decode, embed_images, embed_texts, encode, load_model
-from clipseg_repro.scales import SCALES, get_scale
-from clipseg_repro.towers import FILES, read_tower
-from clipseg_repro.training import experiments, fresh_decoder, train
-from clipseg_repro.variants import MODELS, ClipDeconv, ClipDeconvDecoder, ViTSegDecoder, adapted, backbone
-from clipseg_repro.visual_prompting import name_probabilities
+from clipseg_repro.evaluation.visual_prompting import name_probabilities
+from clipseg_repro.mini import curriculum, pretrain, pretrain_backbones
+from clipseg_repro.models.forward import decode, embed_images, embed_texts, encode
+from clipseg_repro.models.loading import load_model
+from clipseg_repro.models.towers import FILES, read_tower
+from clipseg_repro.models.variants import MODELS, ClipDeconv, ClipDeconvDecoder, ViTSegDecoder, adapted, backbone
+from clipseg_repro.study.scales import SCALES, get_scale
+from clipseg_repro.training.decoders import experiments, fresh_decoder, train
 
-STORED = Path(__file__).parent / "data" / "backbones.json"
+STORED = Path(__file__).parents[1] / "data" / "backbones.json"
 TOKENS = [[298, 5, 17, 299], [298, 200, 299, 0]]  # of 300 words, the last of which ends a text
 GRID, DECODER_SIDE = 6, 88  # of the decoders' patches, and what ViTSeg's 96 px are resized to
 DECODERS = {"clip-deconv": ClipDeconvDecoder, "vitseg": ViTSegDecoder}
@@ -295,15 +294,8 @@ def test_every_run_has_a_source_or_the_command_that_makes_it(monkeypatch, tmp_pa
         folder.mkdir(parents=True)
         (folder / "config.json").touch()
         assert scale.source(model) == str(folder)
-        assert maker in mini_towers.PRETRAINING and SCALES["paper"].source(model) in FILES
+        assert maker in pretrain_backbones.PRETRAINING and SCALES["paper"].source(model) in FILES
     assert scale.source("clip-deconv") == scale.source("clipseg") == "mini"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("phrasecut")
-    build(folder, splits={"train": 24, "val": 4}, workers=1)
-    return folder
 
 
 @pytest.mark.parametrize("run", ["clip-deconv", "vitseg-pc+", "vitseg-pc", "clipseg-rn50x4-pc+", "no-clip-pretraining"])
@@ -341,9 +333,9 @@ def test_examples_alone_leave_out_what_has_none(data):
 @pytest.mark.parametrize("name", ["mini-resnet-clip", "mini-vit"])
 def test_mini_towers_are_made_and_segment(name, tmp_path, picture, monkeypatch):
     """One batch of every stage, and a curve that looks at few scenes; the images of the last stage are 112 px."""
-    for module in (pretrain, mini_towers):
+    for module in (pretrain, pretrain_backbones):
         monkeypatch.setattr(module, "fresh_scenes", lambda rules, size, scenes: curriculum.fresh_scenes(rules, size, 8))
-    mini_towers.PRETRAINING[name](tmp_path, budget=1e-6)
+    pretrain_backbones.PRETRAINING[name](tmp_path, budget=1e-6)
     segmenter = load_segmenter(tmp_path / "model", device="cpu", dtype="float32")
     segmenter.set_image(picture)
     assert segmenter.logits("a cat").shape == (1, 112, 112)

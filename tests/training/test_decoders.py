@@ -1,0 +1,92 @@
+"""Decoder training: exact resume, what it leaves alone, and its conditions."""
+
+import numpy as np
+import pytest
+import torch
+
+from clipseg_repro.errors import InputError
+from clipseg_repro.models.forward import embed_images, embed_texts
+from clipseg_repro.models.loading import load_model
+from clipseg_repro.segmenter import load_segmenter
+from clipseg_repro.training.decoders import Batch, align_film, conditions, experiments, fresh_decoder, train
+
+
+class Killed(Exception):
+    pass
+
+
+def test_experiments_are_the_papers():
+    runs = experiments()
+    assert runs["clipseg-pc+"]["visual"] and runs["clipseg-pc+"]["negative"] == 0.2
+    assert all(run["iterations"] == 20_000 and run["batch"] == 64 for run in runs.values())
+
+
+@pytest.fixture
+def one_thread():
+    """Exact equality is a property of our state, not of how several threads split a sum."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def decoder(folder):
+    return torch.cat([p.flatten() for p in load_segmenter(str(folder), dtype="float32").model.decoder.parameters()])
+
+
+def test_decoder_training_resumes_exactly_and_leaves_clip_alone(tiny_folder, data, tmp_path, monkeypatch, one_thread):
+    budget = {"iterations": 8, "batch": 8, "phrases_per_image": 2, "validate_on": 2, "source": str(tiny_folder)}
+    train("clipseg-pc+", data, tmp_path / "whole", **budget)
+    with monkeypatch.context() as patch:
+        calls = []
+
+        def dies(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 6:
+                raise Killed
+            return real(*args, **kwargs)
+
+        from clipseg_repro.training import decoders
+
+        real = decoders.decode
+        patch.setattr(decoders, "decode", dies)
+        with pytest.raises(Killed):
+            train("clipseg-pc+", data, tmp_path / "killed", **budget)
+    train("clipseg-pc+", data, tmp_path / "killed", **budget)
+    assert torch.equal(decoder(tmp_path / "whole" / "model"), decoder(tmp_path / "killed" / "model"))
+    trained, source = (load_segmenter(str(f), dtype="float32") for f in (tmp_path / "whole" / "model", tiny_folder))
+    for ours, theirs in zip(trained.model.clip.parameters(), source.model.clip.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(decoder(tmp_path / "whole" / "model"), decoder(tiny_folder))
+
+
+def test_aligned_film_starts_at_clips_own_similarity(tiny_folder):
+    """The tiny model's joint space (48) fits the decoder (64) whole, so the signed sum of products is the similarity."""
+    model = fresh_decoder(load_model(str(tiny_folder))[0], 64, seed=0)
+    activations, texts = torch.randn(5, 7, 64) + 1, torch.randn(90, 48) - 2
+    align_film(model, activations, texts)
+    decoder, clip = model.decoder, model.clip
+    shape = clip.visual_projection.weight * clip.vision_model.post_layernorm.weight
+    seen, asked = (activations - activations.mean((0, 1))) @ shape.T, texts - texts.mean(0)
+    signs = ((decoder.film_mul.weight @ shape) * decoder.reduces[0].weight).sum(1).sign()
+    with torch.no_grad():
+        patches, conditions = decoder.reduces[0](activations).flatten(0, 1), decoder.film_mul(texts) * signs
+        found, similarity = patches @ conditions.T, seen.flatten(0, 1) @ asked.T
+        assert np.corrcoef(found.flatten(), similarity.flatten())[0, 1] > 0.9999
+        assert torch.equal(decoder.film_add(texts), torch.zeros(90, 64))
+
+
+def test_conditions_are_mixed_by_the_text_weight(tiny_model):
+    """text * w + visual * (1 - w); a sample without support is its text alone."""
+    model, processor = tiny_model
+    supports = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    texts, weights = ["a cat", "a dog", "a tree"], torch.tensor([0.25, 1.0, 0.5])
+    batch = Batch(None, None, texts, supports, torch.tensor([0, 2]), weights, None)
+    text, visual = embed_texts(model, processor, texts), embed_images(model, supports)
+    expected = [0.25 * text[0] + 0.75 * visual[0], text[1], 0.5 * text[2] + 0.5 * visual[1]]
+    torch.testing.assert_close(conditions(model, processor, batch), torch.stack(expected))
+
+
+def test_unknown_run_is_named(data, tmp_path):
+    with pytest.raises(InputError, match="unknown run 'clipseg-pcx'"):
+        train("clipseg-pcx", data, tmp_path)
