@@ -16,3 +16,21 @@ def written_whole(path: Path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path):
+    """Remove the temporary files that killed writers left in `folder`."""
+    for leftover in Path(folder).glob(".*.tmp"):
+        owner = leftover.name.split(".")[-2]
+        if not (owner.isdigit() and _lives(int(owner))):
+            leftover.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

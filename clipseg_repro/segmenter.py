@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from clipseg_repro.devices import pick_device, pick_dtype
 from clipseg_repro.errors import InputError
 from clipseg_repro.models.forward import decode, embed_images, embed_texts, encode, keep_freed_memory
 from clipseg_repro.models.loading import CLIP, load_model
@@ -24,8 +25,8 @@ def load_segmenter(source="mini", device=None, dtype=None, clip=CLIP):
     device: None picks CUDA, then MPS, then the CPU. dtype: None picks bfloat16 where the device has units for it (CUDA, CPU),
     else float32; results that must be the same on every machine name float32. Both take torch's objects or their names ("cpu", "float32").
     """
-    device = _device(device)
-    dtype = _dtype(dtype, device)
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
     return Segmenter(*load_model(source, clip), device=device, dtype=dtype)
 
 
@@ -39,8 +40,8 @@ class Segmenter:
     """
 
     def __init__(self, model, processor, device=None, dtype=None):
-        device = _device(device or model.device)
-        self.model = model.to(device=device, dtype=_dtype(dtype or model.dtype, device)).eval()
+        device = pick_device(device or model.device)
+        self.model = model.to(device=device, dtype=pick_dtype(dtype or model.dtype, device)).eval()
         self.processor = processor
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -175,39 +176,3 @@ def _parts(prompt):
     raise InputError(
         f"prompt of type {type(prompt).__name__}: give a phrase, VisualPrompt(image, mask), interpolate(...) or a tensor"
     )
-
-
-def _device(device):
-    if device is None:
-        return torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
-    try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device '{device}' cannot be used here ({str(error).splitlines()[0]}): try 'cpu'") from None
-    return device
-
-
-def _has_bfloat16_units(device):
-    if device.type == "cpu":
-        units = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not tell
-        return bool(units.get("amx_bf16") or units.get("avx512_bf16"))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-
-def _dtype(dtype, device):
-    if dtype is None:
-        return torch.bfloat16 if _has_bfloat16_units(device) else torch.float32
-    value = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if value not in (torch.float32, torch.bfloat16, torch.float16):
-        raise InputError(f"dtype '{dtype}' is not supported: use float32, bfloat16 or float16")
-    try:
-        one = torch.ones(1, 1, 1, 1, device=device, dtype=value)
-        F.interpolate(F.conv2d(one, one) @ one, scale_factor=2, mode="bicubic").softmax(-1)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(
-            f"dtype '{dtype}' does not work on device '{device}' ({str(error).splitlines()[0]}): use float32"
-        ) from None
-    return value

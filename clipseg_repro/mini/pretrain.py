@@ -1,9 +1,10 @@
 """Pre-training of the mini world's CLIP on images and captions. No mask is ever seen here.
 
-The objective is CLIP's contrastive one, with two similarities per image and phrase: the image embedding's (CLIP) and the
-best-matching patch embeddings' (FILIP, Yao et al. 2022: late interaction), so that a small model trained for minutes
-carries what and where in its patch tokens as the big one does after 400 million pairs. Scenes grow from one large upright
-object to the crowded scenes of the mini benchmarks (a curriculum; without it the vision tower hardly starts to learn).
+The objective is CLIP's contrastive one, with two similarities per image and phrase: the image embedding's (CLIP) and
+the best-matching patch embeddings' (FILIP, Yao et al. 2022: late interaction), so that a small model trained for hours
+carries what and where in its patch tokens as the big one does after 400 million pairs. Scenes grow from one large
+upright object to the crowded scenes of the mini benchmarks (a curriculum; without it the vision tower hardly starts to
+learn).
 """
 
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from clipseg_repro.devices import mixed_precision
 from clipseg_repro.files import written_whole
 from clipseg_repro.mini.curriculum import (
     CYCLES,
@@ -63,23 +65,37 @@ def build_model(tokenizer: CLIPTokenizer) -> CLIPSegForImageSegmentation:
     """An untrained mini CLIPSeg: ViT of 8-pixel patches, width 192, depth 6; text tower of width 128, depth 3."""
     config = CLIPSegConfig(
         vision_config=dict(
-            hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=3, image_size=112,
-            patch_size=8, hidden_act="gelu",
+            hidden_size=192,
+            intermediate_size=768,
+            num_hidden_layers=6,
+            num_attention_heads=3,
+            image_size=112,
+            patch_size=8,
+            hidden_act="gelu",
         ),
         text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3,
-            num_attention_heads=4, max_position_embeddings=32, hidden_act="gelu",
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+            hidden_act="gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         ),
-        projection_dim=128, extract_layers=[1, 3, 5], reduce_dim=64, decoder_num_attention_heads=4,
+        projection_dim=128,
+        extract_layers=[1, 3, 5],
+        reduce_dim=64,
+        decoder_num_attention_heads=4,
         decoder_intermediate_size=512,
-    )  # fmt: skip
+    )
     return CLIPSegForImageSegmentation(config)
 
 
 def contrast(similarity: torch.Tensor, true: torch.Tensor, unknown: torch.Tensor) -> torch.Tensor:
-    """Symmetric contrastive loss with several positives: each true pair against the false ones of its row and column."""
+    """Symmetric contrastive loss with several positives: a true pair against the false ones of its row and column."""
     false = similarity.masked_fill(true | unknown, -1e4)
     rows, columns = true.nonzero(as_tuple=True)
     pairs = similarity[rows, columns]
@@ -123,9 +139,9 @@ def pretrain(
 ) -> PreTrainedModel:
     """Pre-train the mini CLIP and save it as a `transformers` folder in `folder/model` (its decoder is untrained).
 
-    `budget` scales the number of images of every stage (1.0: less than four hours on two cores). The curve is in
-    `folder/curve.csv`; every cycle has a folder of its own there, with its checkpoint. Resumes exactly. `build(tokenizer)`
-    gives the untrained model, one of variants.MODELS with a CLIP in it.
+    `budget` scales the number of images of every stage (1.0: less than four hours on two cores with bfloat16 units).
+    The curve is in `folder/curve.csv`; every cycle has a folder of its own there, with its checkpoint. Resumes exactly.
+    `build(tokenizer)` gives the untrained model, one of variants.MODELS with a CLIP in it.
     """
     torch.manual_seed(seed)
     folder = Path(folder)
@@ -141,7 +157,7 @@ def pretrain(
         # Every name is a candidate for every image: negatives for all, and the text tower meets each name in each step.
         true, unknown = truth(objects, owners, phrases + names, sources + [-1] * len(names), len(images))
         true, unknown = true.to(device), unknown.to(device)
-        with torch.autocast(model.device.type, torch.bfloat16):
+        with mixed_precision(model.device):
             tokens = embed_patches(model, images.to(device))
             # Apart, because together the short names would be padded to the longest caption.
             words = [embed_texts(model, processor.tokenizer, t) for t in (texts, [p.text for p in names])]
@@ -149,9 +165,16 @@ def pretrain(
         return {"image": contrast(whole, true, unknown), "patch": contrast(local, true, unknown)}
 
     run_cycles(
-        name, folder, seed, budget, model, lambda: optimisers(model.base_model), losses, lambda: probe(model, processor),
+        name,
+        folder,
+        seed,
+        budget,
+        model,
+        lambda: optimisers(model.base_model),
+        losses,
+        lambda: probe(model, processor),
         attention=model.base_model,
-    )  # fmt: skip
+    )
     if model.config.model_type == "clipseg":  # batch norm keeps a ResNet's activations in range
         rescale(model, fresh_scenes(LAST.last, LAST.size, 64)[0].to(device))
     model.save_pretrained(folder / "model")
@@ -198,9 +221,16 @@ def _run_cycle(name, folder: Path, cycle: Cycle, seed: int, model, optimiser, lo
         return found
 
     return fit(
-        name, folder, batches, step, cycle.steps, {"model": model, **optimiser}, {"seed": seed} | asdict(cycle),
-        validate=probe, every=min(300, cycle.steps),
-    )  # fmt: skip
+        name,
+        folder,
+        batches,
+        step,
+        cycle.steps,
+        {"model": model, **optimiser},
+        {"seed": seed} | asdict(cycle),
+        validate=probe,
+        every=min(300, cycle.steps),
+    )
 
 
 @torch.no_grad()
@@ -237,13 +267,13 @@ def probe(model: PreTrainedModel, processor: CLIPSegProcessor, scenes: int = 256
     """
     model.eval()
     device = model.device
-    with torch.autocast(device.type, torch.bfloat16):
+    with mixed_precision(device):
         names = embed_texts(model, processor.tokenizer, [f"a photo of a {k.name}." for k in load_vocabulary()]).cpu()
     size = LAST.size
     result = {}
     for key, rules in {"top1": scene_rules(size, 1, (0.5, 0.8), 25), "patch_top1": LAST.last}.items():
         pixels, labels = fresh_scenes(rules, size, scenes)
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device):
             tokens = torch.cat([embed_patches(model, part) for part in pixels.to(device).split(64)]).cpu()
         if key == "top1":
             kinds = labels.amax(1)

@@ -1,4 +1,4 @@
-"""The mini world's other backbones: a CLIP with a ModifiedResNet, and a ViT that has seen labels only, as on ImageNet."""
+"""The mini world's other backbones: a CLIP with a ModifiedResNet, and a ViT that saw labels only, as on ImageNet."""
 
 from functools import partial
 from pathlib import Path
@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
+from clipseg_repro.devices import mixed_precision
 from clipseg_repro.mini.curriculum import LAST, fresh_scenes
 from clipseg_repro.mini.pretrain import build_model, optimisers, pretrain, rescale, run_cycles
 from clipseg_repro.mini.vocabulary import load_vocabulary
@@ -48,7 +49,7 @@ def pretrain_vit(folder: Path, seed: int = 0, budget: float = SHARE) -> ViTSeg:
     trained = nn.ModuleDict({"vit": vit, "head": nn.Linear(vit.config.hidden_size, kinds)})
 
     def classify(pixels):
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision(pixels.device):
             tokens = vit(pixels, interpolate_pos_encoding=True).last_hidden_state
             return trained["head"](tokens[:, 0]).float()
 

@@ -5,7 +5,6 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from clipseg_repro.datasets.phrasecut import PhraseCut, PhraseCutPlus, TrainingSample
+from clipseg_repro.devices import fast_dtype, pick_device
 from clipseg_repro.errors import InputError
 from clipseg_repro.evaluation.metrics import SegmentationMetrics
 from clipseg_repro.models.forward import decode, embed_images, embed_texts, encode
@@ -70,10 +70,7 @@ class _Collate:
     def __call__(self, draws: list[list[TrainingSample]]) -> Batch:
         pixels = to_pixels([draw[0].image for draw in draws], self.image_processor)
         samples = [sample for draw in draws for sample in draw]
-        masks = torch.stack([
-            F.interpolate(torch.from_numpy(np.ascontiguousarray(s.mask))[None, None].float(), pixels.shape[-2:])[0, 0]
-            for s in samples
-        ])  # fmt: skip
+        masks = [torch.tensor(sample.mask, dtype=torch.float32)[None, None] for sample in samples]
         supported = [i for i, s in enumerate(samples) if s.support]
         supports = [prepare(samples[i].support, self.image_processor)[0] for i in supported]
         return Batch(
@@ -83,7 +80,7 @@ class _Collate:
             supports=torch.stack(supports) if supports else pixels[:0],
             supported=torch.tensor(supported, dtype=torch.long),
             weights=torch.tensor([s.text_weight for s in samples]),
-            masks=masks,
+            masks=torch.cat([F.interpolate(mask, pixels.shape[-2:])[0] for mask in masks]),
         )
 
 
@@ -118,20 +115,25 @@ def train(
         raise InputError(f"unknown run '{run}': choose one of {', '.join(experiments())}")
     settings = experiments()[run] | budget | {"run": run, "seed": seed}
     steps = settings["iterations"]
-    accelerator = Accelerator(mixed_precision="bf16")
+    dtype = fast_dtype(pick_device())
+    accelerator = Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
+    device = accelerator.device
     pretrained = settings["pretrained"]
-    model, untouched = load_model(
-        source, pretrained=pretrained
-    )  # this processor is saved: tokenizing leaves its padding
+    # this processor is saved as it is: tokenizing leaves its padding in the other
+    model, untouched = load_model(source, pretrained=pretrained)
     model = adapted(model, settings["model"])
-    frozen, processor = load_model(source, pretrained=pretrained)  # what no gradient reaches, at half precision
-    frozen = adapted(frozen, settings["model"]).to(accelerator.device, torch.bfloat16)
-    model = fresh_decoder(model, settings["reduce_dim"], seed).to(accelerator.device).requires_grad_(False)
+    frozen, processor = load_model(source, pretrained=pretrained)  # what no gradient reaches, as fast as can be
+    frozen = adapted(frozen, settings["model"]).to(device, dtype)
+    model = fresh_decoder(model, settings["reduce_dim"], seed).to(device).requires_grad_(False)
     model.decoder.requires_grad_(True).train()
     data = PhraseCutPlus(
-        PhraseCut(root, "train"), settings["negative"], tuple(settings["text_weight"]), visual=settings["visual"],
-        phrases_per_image=settings["phrases_per_image"], seed=seed,
-    )  # fmt: skip
+        PhraseCut(root, "train"),
+        settings["negative"],
+        tuple(settings["text_weight"]),
+        visual=settings["visual"],
+        phrases_per_image=settings["phrases_per_image"],
+        seed=seed,
+    )
     val = PhraseCut(root, "val")
     optimiser = torch.optim.AdamW(model.decoder.parameters(), lr=settings["learning_rate"])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, settings["final_learning_rate"])
@@ -139,22 +141,26 @@ def train(
     draws, collate = _Draws(data, steps * images), _Collate(processor.image_processor)
     if settings["film"] == "aligned":
         batch = collate([draws[n] for n in range(ALIGN_ON)])
-        *_, deepest = encode(model, batch.pixels.to(accelerator.device))
+        *_, deepest = encode(model, batch.pixels.to(device))
         align_film(model, deepest, embed_texts(model, processor, batch.texts))
 
     def batches(first: int):
         return DataLoader(
-            draws, images, sampler=range(first * images, steps * images), num_workers=1, collate_fn=collate,
+            draws,
+            images,
+            sampler=range(first * images, steps * images),
+            num_workers=1,
+            collate_fn=collate,
             prefetch_factor=4,
-        )  # fmt: skip
+        )
 
     def step(_: int, batch: Batch) -> dict[str, torch.Tensor]:
-        activations = encode(frozen, batch.pixels.to(accelerator.device, torch.bfloat16))
+        activations = encode(frozen, batch.pixels.to(device, dtype))
         condition = conditions(frozen, processor, batch)
-        rows = batch.rows.to(accelerator.device)
+        rows = batch.rows.to(device)
         with accelerator.autocast():
             logits = decode(model, [a[rows] for a in activations], condition)
-        loss = F.binary_cross_entropy_with_logits(logits.float(), batch.masks.to(accelerator.device))
+        loss = F.binary_cross_entropy_with_logits(logits.float(), batch.masks.to(device))
         accelerator.backward(loss)
         optimiser.step()
         schedule.step()
@@ -163,10 +169,16 @@ def train(
 
     with fast_attention(model.decoder):
         fit(
-            run, Path(folder), batches, step, steps,
+            run,
+            Path(folder),
+            batches,
+            step,
+            steps,
             {"decoder": model.decoder, "optimiser": optimiser, "schedule": schedule},
-            settings, validate=lambda: validate(model, processor, val, validate_on), every=max(1, min(250, steps // 4)),
-        )  # fmt: skip
+            settings,
+            validate=lambda: validate(model, processor, val, validate_on),
+            every=max(1, min(250, steps // 4)),
+        )
     model.eval().save_pretrained(Path(folder) / "model")
     untouched.save_pretrained(Path(folder) / "model")
     return Segmenter(model, processor)
@@ -190,11 +202,10 @@ def fresh_decoder(model, reduce_dim: int, seed: int):
 def align_film(model, activations: torch.Tensor, texts: torch.Tensor):
     """Start the decoder's first step at what CLIP itself does: compare every patch with the condition.
 
-    Where the backbone has no space in common with the texts (ViTSeg), nothing is changed. Else
-    `reduces[0]` and `film_mul` become the same D of CLIP's P joint dimensions (those in which `texts` (N, P) differ most,
-    rotated at random), seen from the deepest `activations` (B, N, hidden) and from the condition; their products add up to
-    the similarity. Nothing else changes. Short runs need not
-    learn the comparison that CLIP already makes.
+    Short runs need not learn the comparison that CLIP already makes. `reduces[0]` and `film_mul` become the same D of
+    CLIP's P joint dimensions (those in which `texts` (N, P) differ most, rotated at random), seen from the deepest
+    `activations` (B, N, hidden) and from the condition; their products add up to the similarity. Nothing else changes,
+    and nothing at all where the backbone has no space in common with the texts (ViTSeg).
     """
     joint = backbone(model).joint_weight()
     if joint is None:

@@ -13,8 +13,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from clipseg_repro.devices import fast_dtype
 from clipseg_repro.errors import InputError
-from clipseg_repro.files import written_whole
+from clipseg_repro.files import sweep, written_whole
 
 
 class Stateful(Protocol):
@@ -41,40 +42,35 @@ def fit(
     `batches(first)` iterates over the batches from step `first` on, and `step(i, batch)` trains on one and returns its
     losses; both must depend on nothing but the step and `state`, so that a run that was killed and started again gives
     the same weights as one that was not. `settings` are stored with the checkpoint: a folder that holds a run with
-    other settings is refused with an InputError.
+    other settings, or a damaged checkpoint, is refused with an InputError, as is a folder that cannot be written.
     """
     _keep_freed_memory()
     folder = Path(folder)
     checkpoint = folder / "checkpoint.pt"
-    curve: list[dict] = []
-    first, seconds = 0, 0.0
+    sweep(folder)
     recorded = json.dumps(settings, sort_keys=True)
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
-        if saved["settings"] != recorded:
-            raise InputError(
-                f"{folder} holds a run with other settings ({saved['settings']}); "
-                f"remove that folder or train into another one to use {recorded}"
-            )
-        for key, holder in state.items():
-            holder.load_state_dict(saved["state"][key])
-        first, seconds, curve = saved["step"], saved["seconds"], saved["curve"]
+    first, seconds, curve = _resume(checkpoint, recorded, state, steps)
 
     def save(done: int):
-        with written_whole(checkpoint) as temporary:
-            torch.save(
-                {
-                    "settings": recorded,
-                    "step": done,
-                    "seconds": seconds + time.monotonic() - started,
-                    "curve": curve,
-                    "state": {key: holder.state_dict() for key, holder in state.items()},
-                },
-                temporary,
-            )
-        with written_whole(folder / "curve.csv") as temporary:
-            pd.DataFrame(curve).to_csv(temporary, index=False)
+        saved = {
+            "settings": recorded,
+            "step": done,
+            "seconds": seconds + time.monotonic() - started,
+            "curve": curve,
+            "state": {key: holder.state_dict() for key, holder in state.items()},
+        }
+        try:
+            with written_whole(checkpoint) as temporary:
+                torch.save(saved, temporary)
+            _write_curve(curve, folder)
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer on a full disk
+            raise InputError(
+                f"cannot write the checkpoint to '{folder}' ({error}): free disk space or make the folder writable; "
+                "the same command goes on from the checkpoint before"
+            ) from error
 
+    if curve:
+        _write_curve(curve, folder)  # of a run that was killed between the two writes, or whose curve was removed
     started = time.monotonic()
     totals: dict[str, torch.Tensor] = {}
     counted = 0
@@ -96,8 +92,52 @@ def fit(
     return pd.DataFrame(curve)
 
 
+def _resume(checkpoint: Path, recorded: str, state: dict[str, Stateful], steps: int) -> tuple[int, float, list[dict]]:
+    """(steps done, seconds spent, curve) of a checkpoint, whose `state` is restored; of none, (0, 0.0, [])."""
+    if not checkpoint.exists():
+        return 0, 0.0, []
+    try:
+        saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
+        first, seconds, curve = int(saved["step"]), float(saved["seconds"]), list(saved["curve"])
+        theirs = saved["settings"]
+        if theirs == recorded:
+            _restore(state, saved["state"])
+            if not 0 <= first <= steps:
+                raise ValueError(f"step {first} of {steps}")
+            pd.DataFrame(curve)
+    except Exception as error:  # of many kinds: UnpicklingError, RuntimeError, KeyError, TypeError, EOFError ...
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"checkpoint '{checkpoint}' is damaged ({type(error).__name__}: {reason}): remove it, and the same command "
+            "trains from the start"
+        ) from None
+    if theirs != recorded:
+        raise InputError(
+            f"{checkpoint.parent} holds a run with other settings ({theirs}); "
+            f"remove that folder or train into another one to use {recorded}"
+        )
+    return first, seconds, curve
+
+
+def _restore(state: dict[str, Stateful], saved: dict[str, dict]):
+    for key, holder in state.items():
+        holder.load_state_dict(saved[key])
+        if isinstance(holder, torch.optim.Optimizer):  # which does not look at shapes itself
+            tensors = [(p, v) for p, own in holder.state.items() for v in own.values() if torch.is_tensor(v) and v.ndim]
+            if any(p.shape != v.shape for p, v in tensors):
+                raise ValueError(f"'{key}' is of another model")
+        values = torch.utils._pytree.tree_leaves(saved[key])
+        if not all(v.isfinite().all() for v in values if torch.is_tensor(v)):
+            raise ValueError(f"'{key}' has values that are not finite")
+
+
+def _write_curve(curve: list[dict], folder: Path):
+    with written_whole(folder / "curve.csv") as temporary:
+        pd.DataFrame(curve).to_csv(temporary, index=False)
+
+
 def _keep_freed_memory():
-    """Have glibc keep large freed blocks: handed back, every activation is paged in anew, a third of a CPU step's time."""
+    """Have glibc keep large freed blocks: handed back, every activation is paged in anew, a third of a step's time."""
     with suppress(OSError, AttributeError):  # other C libraries
         libc = ctypes.CDLL("libc.so.6")
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
@@ -105,27 +145,27 @@ def _keep_freed_memory():
 
 
 def plain_attention(module, query, key, value, attention_mask, scaling=None, **_):
-    """Attention as two products and a softmax, in bfloat16."""
-    given = query.dtype
+    """Attention as two products and a softmax, in the device's fastest precision."""
+    given, fast = query.dtype, fast_dtype(query.device)
     with torch.autocast(query.device.type, enabled=False):
-        query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
+        query, key, value = query.to(fast), key.to(fast), value.to(fast)
         scores = (query * scaling) @ key.transpose(-1, -2)
         if attention_mask is not None:
             scores = scores + attention_mask.to(scores.dtype)
         return (scores.softmax(-1) @ value).transpose(1, 2).to(given), None
 
 
-ALL_ATTENTION_FUNCTIONS.register("plain_bfloat16", plain_attention)
+ALL_ATTENTION_FUNCTIONS.register("plain", plain_attention)
 
 
 @contextmanager
 def fast_attention(*modules):
-    """Train transformers modules on a CPU with `plain_attention`: the fused kernel's backward is several times slower."""
+    """Train transformers modules with `plain_attention`: a CPU takes several times as long for the fused one's backward."""
     configs = [m.config for module in modules for m in module.modules() if hasattr(m, "config")]
     before = [config._attn_implementation for config in configs]
     try:
         for config in configs:
-            config._attn_implementation = "plain_bfloat16"
+            config._attn_implementation = "plain"
         yield
     finally:
         for config, implementation in zip(configs, before, strict=True):

@@ -1,5 +1,10 @@
 """The training loop: exact resume, refusals, and attention that a CPU differentiates fast."""
 
+import errno
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +56,81 @@ def test_folder_of_another_run_is_refused(tmp_path):
     run_fit(tmp_path)
     with pytest.raises(InputError, match="other settings"):
         run_fit(tmp_path, settings={"seed": 1})
+
+
+def _changed(**changes):
+    return lambda path: torch.save(torch.load(path, weights_only=True) | changes, path)
+
+
+def _state(change):
+    def damage(path):
+        saved = torch.load(path, weights_only=True)
+        change(saved["state"])
+        torch.save(saved, path)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:500]), "damaged"),
+        (lambda path: path.write_bytes(b""), "damaged"),
+        (lambda path: path.write_text("step 6"), "damaged"),
+        (lambda path: torch.save([1, 2], path), "damaged"),
+        (lambda path: torch.save({"step": 6}, path), "KeyError: 'seconds'"),
+        (_changed(step=-6), "step -6 of 12"),
+        (_changed(step=18), "step 18 of 12"),
+        (_changed(step="six"), "damaged"),
+        (_changed(curve=5), "damaged"),
+        (_changed(state={}), "KeyError: 'model'"),
+        (_state(lambda s: s["model"].pop("bias")), "Missing key"),
+        (_state(lambda s: s["model"].update(weight=torch.zeros(2, 3))), "damaged"),
+        (_state(lambda s: s["model"]["bias"].fill_(torch.nan)), "'model' has values that are not finite"),
+        (_state(lambda s: s["optimiser"]["state"][0].update(momentum_buffer=torch.zeros(5))), "of another model"),
+        (_state(lambda s: s["optimiser"].update(param_groups=[])), "damaged"),
+    ],
+)
+def test_damaged_checkpoints_are_named_with_the_remedy(tmp_path, damage, reason):
+    with pytest.raises(Killed):
+        run_fit(tmp_path, stop=7)
+    damage(tmp_path / "checkpoint.pt")
+    with pytest.raises(InputError, match=reason) as caught:
+        run_fit(tmp_path)
+    message = str(caught.value)
+    assert str(tmp_path / "checkpoint.pt") in message and "remove it" in message and "\n" not in message
+
+
+def test_curve_is_rewritten_and_leftovers_of_dead_processes_go(tmp_path):
+    with pytest.raises(Killed):
+        run_fit(tmp_path, stop=7)
+    curve = (tmp_path / "curve.csv").read_bytes()
+    (tmp_path / "curve.csv").unlink()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    leftovers = [tmp_path / f".checkpoint.pt.{pid}.tmp" for pid in (dead.pid, os.getppid())]
+    for leftover in leftovers:
+        leftover.touch()
+    with pytest.raises(Killed):
+        run_fit(tmp_path, stop=7)
+    assert (tmp_path / "curve.csv").read_bytes() == curve
+    assert [leftover.exists() for leftover in leftovers] == [False, True]  # the second one's writer lives
+
+
+def test_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    with pytest.raises(Killed):
+        run_fit(tmp_path, stop=7)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(InputError, match=r"cannot write the checkpoint to .*No space left on device.*goes on from"):
+            run_fit(tmp_path)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert torch.equal(run_fit(tmp_path)[0].weight, run_fit(tmp_path / "whole")[0].weight)
 
 
 def test_fast_attention_equals_the_library_and_is_undone(tiny_model):
