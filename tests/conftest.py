@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny CLIPSeg with random weights, saved as transformers would, and test pictures."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from clipseg_repro.mini import curriculum, pretrain, pretrain_backbones
 from clipseg_repro.mini.export import build
 from clipseg_repro.models.loading import load_model
 from clipseg_repro.prompts import IMAGENET_MEAN, IMAGENET_STD, TRAIN_TEMPLATES
@@ -157,3 +159,13 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("phrasecut")
     build(folder, splits={"train": 24, "val": 4, "test": 4}, workers=1)
     return folder
+
+
+@pytest.fixture
+def short_curriculum(monkeypatch):
+    """Pre-training in seconds: batches of four scenes, and a curve that looks at eight."""
+    cycles = tuple(replace(cycle, batch=4) for cycle in curriculum.CYCLES)
+    monkeypatch.setattr(pretrain, "CYCLES", cycles)
+    for module in (pretrain, pretrain_backbones):
+        monkeypatch.setattr(module, "fresh_scenes", lambda rules, size, scenes: curriculum.fresh_scenes(rules, size, 8))
+    return cycles

@@ -43,6 +43,7 @@ from clipseg_repro.models.forward import encode
 from clipseg_repro.models.variants import backbone
 from clipseg_repro.prompts import IMAGENET_MEAN, IMAGENET_STD, TRAIN_TEMPLATES
 from clipseg_repro.training.loop import fast_attention, fit
+from clipseg_repro.training.muon import Muon
 
 POOLING = 10.0  # sharpness of the soft maximum over patches: cosines that differ by 0.1 weigh 1 : e
 
@@ -129,7 +130,7 @@ def optimisers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
     hidden = {n: p for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2}
     rest = [p for n, p in model.named_parameters() if n not in hidden]
     return {
-        "muon": torch.optim.Muon(hidden.values(), lr=0.02, weight_decay=0.01),
+        "muon": Muon(hidden.values(), lr=0.02, weight_decay=0.01),
         "adamw": torch.optim.AdamW(rest, lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98)),
     }
 

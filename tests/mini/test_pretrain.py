@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clipseg_repro.mini import pretrain as mini
-from clipseg_repro.mini.curriculum import CYCLES, truth
+from clipseg_repro.mini.curriculum import truth
 from clipseg_repro.mini.phrases import Phrase
 from clipseg_repro.models.forward import embed_images, encode
 from clipseg_repro.models.loading import load_model
@@ -25,13 +25,15 @@ def test_rescaling_leaves_clip_as_it_is(tiny_folder):
     torch.testing.assert_close(embed_images(model, pixels), embedded, atol=2e-3, rtol=1e-3)  # layer norm's epsilon
 
 
-def test_pretraining_runs_and_saves_a_loadable_folder(tmp_path):
+def test_pretraining_runs_and_saves_a_loadable_folder(tmp_path, short_curriculum):
     mini.pretrain(tmp_path, budget=1e-6)  # one batch of every stage
     segmenter = load_segmenter(str(tmp_path / "model"))
     assert segmenter.model.config.vision_config.patch_size == 8
     curve = pd.read_csv(tmp_path / "curve.csv")
     assert list(curve) == ["step", "image", "patch", "top1", "patch_top1", "seconds"]
-    assert curve.step.tolist() == np.cumsum([len(cycle.stages) for cycle in CYCLES]).tolist()  # one row a cycle
+    assert (
+        curve.step.tolist() == np.cumsum([len(cycle.stages) for cycle in short_curriculum]).tolist()
+    )  # one row a cycle
     assert curve.seconds.is_monotonic_increasing
 
 

@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from test_parity import figures, image, set_random_weights
 from transformers import CLIPSegForImageSegmentation
 
-from clipseg_repro import Segmenter, VisualPrompt, interpolate, load_segmenter, models
+from clipseg_repro import Segmenter, VisualPrompt, interpolate, load_segmenter
 from clipseg_repro.datasets.phrasecut import PhraseCut, PhraseCutPlus
 from clipseg_repro.errors import InputError
 from clipseg_repro.evaluation.visual_prompting import name_probabilities
-from clipseg_repro.mini import curriculum, pretrain, pretrain_backbones
+from clipseg_repro.mini import curriculum, pretrain_backbones
+from clipseg_repro.models import loading
 from clipseg_repro.models.forward import decode, embed_images, embed_texts, encode
 from clipseg_repro.models.loading import load_model
 from clipseg_repro.models.towers import FILES, read_tower
@@ -237,11 +238,11 @@ def test_published_vit_becomes_a_vitseg(published, tiny_clip, tmp_path, monkeypa
     model, processor = load_model(path, clip=tiny_clip)
     (name,) = [name for name in FILES if "vit" in name]
     asked = []
-    monkeypatch.setattr(models, "hf_hub_download", lambda *a, **k: asked.append((*a, k["local_files_only"])) or path)
+    monkeypatch.setattr(loading, "hf_hub_download", lambda *a, **k: asked.append((*a, k["local_files_only"])) or path)
     same, _ = load_model(name, clip=tiny_clip)
     assert asked == [(name, FILES[name], True)]
     assert torch.equal(model.backbone.projection.weight, same.backbone.projection.weight)
-    clip, _ = models._over_clip(tiny_clip)
+    clip, _ = loading._over_clip(tiny_clip)
     assert torch.equal(embed_texts(model, processor, ["a cat"]), embed_texts(clip, processor, ["a cat"]))
     segmenter = Segmenter(model, processor, device="cpu", dtype="float32")
     segmenter.set_image(picture)
@@ -331,10 +332,8 @@ def test_examples_alone_leave_out_what_has_none(data):
 
 
 @pytest.mark.parametrize("name", ["mini-resnet-clip", "mini-vit"])
-def test_mini_towers_are_made_and_segment(name, tmp_path, picture, monkeypatch):
-    """One batch of every stage, and a curve that looks at few scenes; the images of the last stage are 112 px."""
-    for module in (pretrain, pretrain_backbones):
-        monkeypatch.setattr(module, "fresh_scenes", lambda rules, size, scenes: curriculum.fresh_scenes(rules, size, 8))
+def test_mini_towers_are_made_and_segment(name, tmp_path, picture, short_curriculum):
+    """One batch of every stage; the images of the last one are 112 px."""
     pretrain_backbones.PRETRAINING[name](tmp_path, budget=1e-6)
     segmenter = load_segmenter(tmp_path / "model", device="cpu", dtype="float32")
     segmenter.set_image(picture)
@@ -345,7 +344,7 @@ def test_mini_towers_are_made_and_segment(name, tmp_path, picture, monkeypatch):
         *_, deepest = encode(segmenter.model, curriculum.fresh_scenes(curriculum.LAST.last, 112, 8)[0])
         assert deepest.std().item() == pytest.approx(1, abs=0.01)
     rows = (tmp_path / "curve.csv").read_text().splitlines()
-    assert len(rows) == 1 + len(curriculum.CYCLES)
+    assert len(rows) == 1 + len(short_curriculum)
 
 
 @pytest.mark.parametrize("kind", ["clip-deconv", "vitseg", "clipseg-resnet"])
