@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.colors import to_rgb
 
 from clipseg_repro.errors import InputError
-from clipseg_repro.prompts import load_image
+from clipseg_repro.pictures import load_image
 
 OKABE_ITO = {
     "blue": "#0072B2",

@@ -6,15 +6,15 @@ lengths (blur of 15 x 15 with sigma 3, outline of thickness 5) hold at 352 px an
 """
 
 from dataclasses import dataclass
-from pathlib import Path
+from numbers import Real
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn import functional as F
 
 from clipseg_repro.errors import InputError
+from clipseg_repro.pictures import load_image, load_mask
 
 TRAIN_TEMPLATES = (
     "a photo of a {}.",
@@ -32,89 +32,6 @@ TEST_TEMPLATE = "a photo of a {}."
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RELEASED_SIZE = 352  # px, the input size at which the released blur and outline are stated
-
-
-def load_image(image):
-    """An image as an (H, W, 3) uint8 RGB array.
-
-    `image` is a path, a PIL image of any mode (transparency is laid over white, 16-bit is scaled to 8, EXIF rotation is
-    applied) or an (H, W, 3), (H, W, 4) or (H, W) uint8 array. Raises InputError for anything else, for files that are
-    missing, truncated or no image, and for images with a side below 2 pixels.
-    """
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
-            raise InputError(
-                f"image array of shape {image.shape} and type {image.dtype}: give (H, W, 3), (H, W, 4) or (H, W) uint8"
-            )
-        _check_sides(image.shape, "image array")
-        name = "image array"
-        if image.ndim == 3 and image.shape[2] == 3:
-            return np.ascontiguousarray(image)
-        picture = Image.fromarray(np.ascontiguousarray(image))
-    else:
-        picture, name = _open(image, "image")
-    _check_sides((picture.height, picture.width), name)
-    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
-        values = np.asarray(picture, dtype=np.float32)
-        # PIL opens 16-bit PNGs in these modes; a file whose values fit a byte is taken as 8-bit
-        if values.max() > 255 or picture.mode.startswith("I;16"):
-            values = values / 257
-        return np.repeat(np.clip(np.round(values), 0, 255).astype(np.uint8)[..., None], 3, axis=2)
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return np.array(picture.convert("RGB"))
-
-
-def load_mask(mask, shape):
-    """A binary mask as an (H, W) bool array, True on the object.
-
-    `mask` is a path, a PIL image or an (H, W) array whose values are bool, {0, 1} or {0, 255}; `shape` is the (H, W) of
-    its image. Raises InputError for another size, an empty mask, or other values.
-    """
-    if isinstance(mask, np.ndarray):
-        values, name = mask, "mask array"
-    else:
-        picture, name = _open(mask, "mask")
-        colour = picture.mode not in ("1", "L", "P", "I", "F") and not picture.mode.startswith("I;16")
-        values = np.asarray(picture.convert("L") if colour else picture)
-    if values.shape != tuple(shape[:2]):
-        raise InputError(
-            f"{name} has shape {values.shape}, its image {tuple(shape[:2])}: give a mask of the image's size"
-        )
-    found = np.unique(values)
-    if not any(np.isin(found, (0, one)).all() for one in (1, 255, 65535)):
-        raise InputError(f"{name} is not binary, it has values such as {found[:4].tolist()}: use 0 and 1, or 0 and 255")
-    if found[-1] == 0:
-        raise InputError(f"{name} is empty: mark the object with at least one pixel")
-    return values > 0
-
-
-def _open(source, what):
-    """(PIL image with its EXIF rotation applied, its name in messages) of a path or a PIL image."""
-    if isinstance(source, (str, Path)):
-        name = f"{what} '{source}'"
-        if not Path(source).is_file():
-            raise InputError(f"{name} is no file: check the path")
-        try:
-            with Image.open(source) as picture:
-                picture.load()
-        except UnidentifiedImageError:
-            raise InputError(f"{name} is not an image that Pillow can read: convert it to PNG or JPEG") from None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(
-                f"{name} cannot be read ({error}): the file is damaged, truncated or far too large"
-            ) from None
-    elif isinstance(source, Image.Image):
-        picture, name = source, f"{what} (PIL)"
-    else:
-        raise InputError(f"{what} of type {type(source).__name__}: give a path, a PIL image or a uint8 array")
-    return ImageOps.exif_transpose(picture), name
-
-
-def _check_sides(shape, name):
-    if min(shape[:2]) < 2:
-        raise InputError(f"{name} is {shape[1]} x {shape[0]} pixels: an image needs at least 2 x 2")
 
 
 @dataclass(frozen=True)
@@ -188,8 +105,8 @@ DEFAULT_RECIPE = "crop + BG blur + BG intensity 10%"  # the released `crop_blur_
 class VisualPrompt:
     """A support image and the mask of the object meant.
 
-    image: path, PIL image or (H, W, 3) uint8 array. mask: path, PIL image or (H, W) array of bool, {0, 1} or {0, 255}, of
-    the image's size. recipe: a key of RECIPES. Raises InputError on an unknown recipe; files are read when used.
+    image: path, PIL image or array, as `load_image` reads it. mask: path, PIL image or array of the image's size, as
+    `load_mask` reads it. recipe: a key of RECIPES. Raises InputError on an unknown recipe; files are read when used.
     """
 
     image: object
@@ -197,7 +114,7 @@ class VisualPrompt:
     recipe: str = DEFAULT_RECIPE
 
     def __post_init__(self):
-        if self.recipe not in RECIPES:
+        if not isinstance(self.recipe, str) or self.recipe not in RECIPES:
             raise InputError(f"unknown recipe '{self.recipe}': choose one of {', '.join(map(repr, RECIPES))}")
 
     def load(self):
@@ -224,11 +141,15 @@ def interpolate(text, visual, weight):
         raise InputError(
             f"interpolate: visual of type {type(visual).__name__}: give a VisualPrompt or a condition tensor"
         )
-    if not 0 <= weight <= 1:
-        raise InputError(
-            f"interpolate: weight {weight} is outside [0, 1]: 0 is the text alone, 1 the visual prompt alone"
-        )
-    return Mix(text, visual, float(weight))
+    return Mix(text, visual, checked_share(weight, "interpolate: weight"))
+
+
+def checked_share(value, name):
+    """`value` as a float. Raises InputError for anything but a number in [0, 1]."""
+    if not isinstance(value, Real) or not 0 <= value <= 1:
+        shown = value if isinstance(value, Real) else f"of type {type(value).__name__}"
+        raise InputError(f"{name} {shown}: give a number in [0, 1]")
+    return float(value)
 
 
 def input_size(image_processor):

@@ -8,7 +8,8 @@ from clipseg_repro.devices import pick_device, pick_dtype
 from clipseg_repro.errors import InputError
 from clipseg_repro.models.forward import decode, embed_images, embed_texts, encode, keep_freed_memory
 from clipseg_repro.models.loading import CLIP, load_model
-from clipseg_repro.prompts import RECIPES, Mix, VisualPrompt, load_image, prepare, to_pixels
+from clipseg_repro.pictures import load_image
+from clipseg_repro.prompts import RECIPES, Mix, VisualPrompt, checked_share, prepare, to_pixels
 
 CACHED_TEXTS = 4096  # embeddings kept, 2 KB each
 TEXT_BATCH = 256
@@ -54,8 +55,8 @@ class Segmenter:
         return self.model.device
 
     def set_image(self, image):
-        """Set the query image: path, PIL image of any mode, or (H, W, 3) uint8 array. The encoder runs here, once, and only
-        up to the deepest layer that the decoder reads."""
+        """Set the query image: path, PIL image of any mode, or (H, W, 3) array, as `load_image` reads it. The encoder runs
+        here, once, and only up to the deepest layer that the decoder reads."""
         image = load_image(image)
         pixels = to_pixels([image], self.processor.image_processor)
         self._activations = encode(self.model, pixels.to(self.model.device, self.model.dtype))
@@ -80,7 +81,7 @@ class Segmenter:
         classes = self.conditions(classes)
         best = torch.full(self._query_size(), 0.0 if background is not None else 0.5, device=self.device)
         if threshold is not None:
-            best.fill_(threshold)
+            best.fill_(checked_share(threshold, "label_map: threshold"))
         if background is not None:
             for floor in self._maps(self.conditions(background)):
                 best = torch.maximum(best, floor)
@@ -135,7 +136,14 @@ class Segmenter:
             raise InputError(
                 f"condition tensor of shape {tuple(condition.shape)}: this model takes ({width},) per prompt"
             )
-        return condition.detach().to(self.model.device, torch.float32)
+        try:
+            vector = condition.detach().to(self.model.device, torch.float32)
+            usable = bool(vector.isfinite().all()) and not condition.is_complex()
+        except RuntimeError:  # sparse, or on the meta device
+            usable = False
+        if not usable:
+            raise InputError("condition tensor that is not of finite real numbers: check how it was made")
+        return vector
 
     def _query_size(self):
         if self._size is None:
@@ -162,7 +170,10 @@ class Segmenter:
 
 def _as_list(prompts):
     single = isinstance(prompts, (str, VisualPrompt, Mix)) or (isinstance(prompts, torch.Tensor) and prompts.ndim == 1)
-    prompts = [prompts] if single else list(prompts)
+    try:
+        prompts = [prompts] if single else list(prompts)
+    except (TypeError, NotImplementedError):  # no list, nor like one: `_parts` or `_checked` says what it should be
+        prompts = [prompts]
     if not prompts:
         raise InputError("no prompts: give at least one phrase, VisualPrompt or condition")
     return prompts

@@ -9,7 +9,7 @@ from PIL import Image
 
 from clipseg_repro.downloads import download
 from clipseg_repro.models.loading import load_model
-from clipseg_repro.prompts import load_image
+from clipseg_repro.pictures import load_image
 from clipseg_repro.segmenter import Segmenter
 
 IMAGE = "http://images.cocodataset.org/val2017/000000039769.jpg"

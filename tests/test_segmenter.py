@@ -1,5 +1,6 @@
 """The segmenter and the pieces of the forward pass, held against transformers' CLIPSegForImageSegmentation.forward on a tiny model."""
 
+import io
 import json
 import shutil
 from copy import deepcopy
@@ -10,6 +11,10 @@ import pytest
 import torch
 from conftest import random_model, tiny_config, tiny_processor
 from huggingface_hub import utils as hub
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays, scalar_dtypes
+from PIL import Image
 from transformers import AutoProcessor, CLIPSegForImageSegmentation
 from transformers.utils import logging
 
@@ -204,12 +209,73 @@ def test_segmenter_refuses(segmenter, picture, picture_mask):
         ([torch.zeros(1, 48)], r"\(1, 48\)"),
         ([picture], "ndarray"),
         ([None], "NoneType"),
+        (None, "NoneType"),
+        (5, "int"),
+        (torch.tensor(1.0), r"shape \(\)"),
+        (torch.full((48,), torch.nan), "finite"),
+        (torch.zeros(48, device="meta"), "finite"),
+        (torch.zeros(48).to_sparse(), "finite"),
+        ("a \ud800", "Unicode"),
         ([VisualPrompt(picture, ~picture_mask[1:])], "shape"),
     ):
         with pytest.raises(InputError, match=reason):
             segmenter.predict(prompts)
     with pytest.raises(InputError, match="no prompts"):
         segmenter.label_map([])
+    with pytest.raises(InputError, match=r"threshold 1.5: give a number in \[0, 1\]"):
+        segmenter.label_map("a cat", threshold=1.5)
+
+
+def test_a_refused_image_leaves_the_last_one(segmenter, picture):
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    segmenter.set_image(picture)
+    with pytest.raises(InputError, match="truncated"):
+        segmenter.set_image(Image.open(io.BytesIO(file.getvalue()[:9000])))
+    assert segmenter.predict("a cat").shape == (1, 90, 140)
+
+
+def _closed(mode):
+    picture = Image.new(mode, (4, 4))
+    picture.close()
+    return picture
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
+PICTURES = arrays(scalar_dtypes(), array_shapes(min_dims=0, max_dims=4, max_side=5)) | st.one_of(
+    st.builds(Image.new, st.sampled_from(Image.MODES), st.tuples(*[st.integers(0, 5)] * 2)),
+    st.builds(_closed, st.sampled_from(["L", "P", "RGBA"])),
+)
+TENSORS = st.builds(
+    lambda shape, value, dtype: torch.full(shape, value).to(dtype),
+    st.lists(st.sampled_from([0, 1, 2, 48]), max_size=3).map(tuple),
+    st.sampled_from([0.0, 1.0, -1e30, torch.nan, torch.inf]),
+    st.sampled_from([torch.float32, torch.float16, torch.float64, torch.int8, torch.bool]),
+)
+ODD = SCALARS | PICTURES | TENSORS
+PROMPTS = ODD | st.lists(ODD, max_size=3) | st.dictionaries(st.text(), ODD, max_size=2)
+CALLS = {
+    "set_image": lambda s, a, b, c: s.set_image(a),
+    "predict": lambda s, a, b, c: s.predict(a),
+    "logits": lambda s, a, b, c: s.logits(a),
+    "conditions": lambda s, a, b, c: s.conditions(a),
+    "label_map": lambda s, a, b, c: s.label_map("a cat", a, c),
+    "interpolate": lambda s, a, b, c: s.predict(interpolate(a, b, c)),
+    "weight": lambda s, a, b, c: s.predict(interpolate("a cat", torch.ones(48), c)),
+    "VisualPrompt": lambda s, a, b, c: s.predict(VisualPrompt(a, b)),
+    "mask": lambda s, a, b, c: s.predict(VisualPrompt(np.zeros((4, 4, 3), np.uint8), a)),
+    "recipe": lambda s, a, b, c: VisualPrompt(a, b, c),
+}
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(call=st.sampled_from(list(CALLS)), a=PROMPTS, b=ODD, c=ODD)
+def test_odd_values_work_or_are_refused_in_one_line(call, segmenter, a, b, c):
+    segmenter.set_image(np.zeros((8, 8, 3), np.uint8))
+    try:
+        CALLS[call](segmenter, a, b, c)
+    except InputError as error:
+        assert len(str(error).splitlines()) == 1
 
 
 def test_decode_refuses(tiny_model):

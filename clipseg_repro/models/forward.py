@@ -42,6 +42,8 @@ def embed_texts(model, processor, texts):
     for text in texts:
         if not text.strip():
             raise InputError(f"prompt {text!r} is blank: describe what to segment")
+        if text.encode(errors="ignore").decode() != text:
+            raise InputError(f"prompt {text!r} is not valid Unicode: write it in UTF-8")
     tokens = processor.tokenizer(list(texts), padding=True, return_tensors="pt", verbose=False)
     limit = model.config.text_config.max_position_embeddings
     lengths = tokens["attention_mask"].sum(1)
