@@ -80,7 +80,7 @@ def test_notebooks_install_from_the_repository():
 
 
 def test_notebooks_are_stored_as_they_ran():
-    """All code cells ran, without error, and are short. No widgets: without a kernel they show nothing (see Makefile)."""
+    """All code cells ran, without error, and are short. No widgets: they show nothing without a kernel (Makefile)."""
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         notebook = json.loads(path.read_text(encoding="utf-8"))
         assert "widgets" not in notebook["metadata"], path.name
