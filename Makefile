@@ -23,9 +23,11 @@ lab: setup
 	$(BIN)/clipseg-repro data build
 	$(BIN)/jupyter lab notebooks
 
-# After a change of weights or package: store the outputs that the tests hold the notebooks to.
+# After a change of weights or package: store the outputs that the tests hold the notebooks to. No progress bars: stored
+# widgets show nothing without a kernel. (In notebooks tqdm heeds no TQDM_DISABLE, but it waits a day before it draws.)
 notebooks: setup
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
+	TQDM_DELAY=86400 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False \
 	  --ExecutePreprocessor.timeout=1200 $(NOTEBOOKS)
 
 .venv/installed: .venv/requirements pyproject.toml

@@ -37,7 +37,7 @@ IMAGES = 100  # of the test split, in the end-to-end measurement
 def bench(scale: Scale, repeats: int = 5) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Measure everything below and write the tables `speed_prompts` and `speed` of the scale's results.
 
-    `repeats`: timed runs of each contestant, after one that is not timed. Runs on CUDA where there is one, else on the CPU.
+    `repeats`: timed runs of each contestant, after one that is not timed. On CUDA where there is one, else on the CPU.
     """
     scale.prepare()
     default = load_segmenter("mini").model  # on the device, and in the dtype, that a user gets unasked
@@ -61,7 +61,7 @@ def bench(scale: Scale, repeats: int = 5) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def full_size() -> tuple[CLIPSegForImageSegmentation, CLIPSegProcessor]:
-    """A model of the size of rd64-refined with random weights, in eval mode, and a processor with the mini tokenizer."""
+    """A model of rd64-refined's size with random weights, in eval mode, and a processor with the mini tokenizer."""
     torch.manual_seed(0)
     towers = {"vision_config": {"patch_size": 16}, "extract_layers": [3, 6, 9], "reduce_dim": 64}
     model = CLIPSegForImageSegmentation(CLIPSegConfig(**towers, use_complex_transposed_convolution=True)).eval()
@@ -78,8 +78,8 @@ def documented(model, processor, image: np.ndarray, texts: list[str]) -> torch.T
 
 def prompts_table(model, processor, default: torch.dtype, repeats: int) -> pd.DataFrame:
     """One row per number of prompts and dtype of ours, float32 and the device's `default`. The documented call is in
-    float32; `difference_ppm`: the largest difference of the logits, in millionths of the largest logit. Every run of ours
-    starts without cached texts; neither side's time includes setting the model up.
+    float32; `difference_ppm`: the largest difference of the logits, in millionths of the largest logit. Every run of
+    ours starts without cached texts; neither side's time includes setting the model up.
     """
     image = np.random.default_rng(0).integers(0, 256, (RELEASED_SIZE, RELEASED_SIZE, 3), dtype=np.uint8)
     names = [kind.name for kind in load_vocabulary()]
@@ -160,22 +160,22 @@ def encoder_row(model, repeats: int) -> dict:
     seconds = medians(contestants, repeats)
     best = max(2 * side**3 / s for side, s in seconds.items() if side != "encode")
     ours = work / seconds["encode"]
-    return _measured("FLOP/s of the image encoder over the best matrix product", model.dtype, ours / 1e9, best / 1e9,
-                     "GFLOP/s", ours / best, 0.7)  # fmt: skip
+    name = "FLOP/s of the image encoder over the best matrix product"
+    return _measured(name, model.dtype, ours / 1e9, best / 1e9, "GFLOP/s", ours / best, 0.7)
 
 
 @torch.no_grad()
 def extra_prompt_row(model, processor, repeats: int, few: int = 20, many: int = 80) -> dict:
-    """What one more prompt costs, its text known, over encoding the image: the slope between `few` and `many` prompts."""
+    """What one more prompt costs, its text known, over encoding the image: the slope from `few` to `many` prompts."""
     segmenter = Segmenter(model, processor)
     segmenter.set_image(np.zeros((RELEASED_SIZE, RELEASED_SIZE, 3), np.uint8))
     pixels = torch.randn(1, 3, RELEASED_SIZE, RELEASED_SIZE).to(model.device, model.dtype)
     conditions = torch.randn(many, model.config.projection_dim, device=model.device)
     contestants = {n: (lambda n=n: segmenter.logits(conditions[:n])) for n in (few, many)}
     seconds = medians(contestants | {"encode": lambda: encode(model, pixels)}, repeats)
-    slope = (seconds[many] - seconds[few]) / (many - few)
-    return _measured("cost of one more prompt over one image encoding", model.dtype, slope * 1e3, seconds["encode"] * 1e3,
-                     "ms", slope / seconds["encode"], 0.03, at_most=True)  # fmt: skip
+    slope, once = (seconds[many] - seconds[few]) / (many - few), seconds["encode"]
+    name = "cost of one more prompt over one image encoding"
+    return _measured(name, model.dtype, slope * 1e3, once * 1e3, "ms", slope / once, 0.03, at_most=True)
 
 
 def metrics_row(repeats: int, maps: int = 20) -> dict:
@@ -235,8 +235,8 @@ def end_to_end_row(scale: Scale, repeats: int) -> dict:
 
     seconds = medians({"ours": evaluate, "passes": passes}, repeats)
     ours, alone = seconds["ours"], seconds["passes"]
-    return _measured(f"evaluation of {len(prepared)} images over the model's passes alone", model.dtype, ours, alone, "s",
-                     ours / alone, 1.2, at_most=True)  # fmt: skip
+    name = f"evaluation of {len(prepared)} images over the model's passes alone"
+    return _measured(name, model.dtype, ours, alone, "s", ours / alone, 1.2, at_most=True)
 
 
 def agreement_row(scale: Scale, dtype: torch.dtype) -> dict:

@@ -79,6 +79,20 @@ def test_notebooks_install_from_the_repository():
         assert any("parameters" in cell["metadata"].get("tags", []) for cell in cells), path.name
 
 
+def test_notebooks_are_stored_as_they_ran():
+    """All code cells ran, without error, and are short. No widgets: they show nothing without a kernel (Makefile)."""
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        assert "widgets" not in notebook["metadata"], path.name
+        for cell in (cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
+            where = f"{path.name}, {cell['id']}"
+            assert cell["execution_count"], f"{where}: not executed"
+            assert len(cell["source"]) <= 25, f"{where}: long"
+            for output in cell["outputs"]:
+                assert output["output_type"] != "error", where
+                assert not any("widget" in kind for kind in output.get("data", {})), where
+
+
 def test_readme_lists_every_notebook():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"):

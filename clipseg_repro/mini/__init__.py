@@ -1,1 +1,1 @@
-"""The mini world: `vocabulary`, `scenes`, `phrases`, `export` (to official layouts) and the pre-training of its towers."""
+"""The mini world: `vocabulary`, `scenes`, `phrases`, `export` (to official layouts), pre-training of its towers."""

@@ -1,4 +1,4 @@
-"""What the mini world's CLIP is shown: cycles of stages, and captioned scenes made to their rules. No mask is ever in it."""
+"""What the mini world's CLIP is shown: cycles of stages, and captioned scenes made to their rules. Never a mask."""
 
 from dataclasses import dataclass, replace
 
@@ -49,8 +49,8 @@ def scene_rules(size: int, most: int, scale: tuple[float, float], angle: float) 
 
 @dataclass(frozen=True)
 class Cycle:
-    """One cycle of the learning rate over some stages: up in `warm_up` steps, level at `peak` (1 for the optimisers' own
-    rates), and linearly to zero over the last share `decay` of the steps."""
+    """One cycle of the learning rate over some stages: up in `warm_up` steps, level at `peak` (1 for the optimisers'
+    own rates), and linearly to zero over the last share `decay` of the steps."""
 
     stages: tuple[Stage, ...]
     batch: int
@@ -71,8 +71,15 @@ class Cycle:
         return replace(self, stages=tuple(stages))
 
 
-# Less than four hours on two cores. First from nothing to scenes, names before details: captions with details before the
-# towers agree on names slow everything down. Then at full size, gently: a second start at the full rate forgets the first.
+def _gentle(images: int, rules: SceneRules) -> Cycle:
+    """A cycle of crowded scenes at full size that refines what the towers know."""
+    stage = Stage(images, 112, rules, scene_rules(112, 5, (0.2, 0.6), 25))
+    return Cycle((stage,), batch=32, peak=0.3, warm_up=50, decay=1.0)
+
+
+# Less than four hours on two cores. First from nothing to scenes, names before details: captions with details before
+# the towers agree on names slow everything down. Then at full size, gently: a second start at the full rate forgets the
+# first.
 CYCLES = (
     Cycle(
         (
@@ -81,26 +88,21 @@ CYCLES = (
             Stage(56_000, 80, scene_rules(80, 2, (0.4, 0.9), 25), scene_rules(80, 3, (0.28, 0.75), 25)),
             Stage(16_000, 112, scene_rules(112, 3, (0.22, 0.7), 25), scene_rules(112, 5, (0.2, 0.6), 25)),
         ),
-        batch=64, peak=1.0, warm_up=200, decay=0.4,
+        batch=64,
+        peak=1.0,
+        warm_up=200,
+        decay=0.4,
     ),
-    Cycle(
-        (Stage(76_800, 112, scene_rules(112, 4, (0.22, 0.65), 25), scene_rules(112, 5, (0.2, 0.6), 25)),),
-        batch=32, peak=0.3, warm_up=50, decay=1.0,
-    ),
-    *2 * (
-        Cycle(
-            (Stage(144_000, 112, scene_rules(112, 4, (0.2, 0.6), 25), scene_rules(112, 5, (0.2, 0.6), 25)),),
-            batch=32, peak=0.3, warm_up=50, decay=1.0,
-        ),
-    ),
-)  # fmt: skip
+    _gentle(76_800, scene_rules(112, 4, (0.22, 0.65), 25)),
+    *2 * (_gentle(144_000, scene_rules(112, 4, (0.2, 0.6), 25)),),
+)
 
 
 LAST = CYCLES[-1].stages[-1]
 
 
 class CaptionedScenes(Dataset):
-    """Item i is (image (3, S, S) float32, objects (N, 3) int64: kind, colour, size, and true phrases), given the seed."""
+    """Item i is (image (3, S, S) float32, objects (N, 3) int64: kind, colour, size; true phrases), given the seed."""
 
     def __init__(self, stages: tuple[Stage, ...], seed: int):
         self.stages, self.seed = stages, seed

@@ -32,7 +32,7 @@ PROPERTY_FORMS = {
 
 @dataclass(frozen=True)
 class Phrase:
-    """Words and meaning. An object is meant if its kind is among `kinds` and colour, size and relation (if given) hold."""
+    """Words and meaning. An object is meant if its kind is in `kinds` and colour, size and relation (if given) hold."""
 
     text: str
     kinds: frozenset[int]

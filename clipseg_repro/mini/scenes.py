@@ -18,7 +18,7 @@ MIN_VISIBLE = 0.6  # every object keeps at least this share of its area in view
 
 @dataclass(frozen=True)
 class SceneRules:
-    """What scenes of one split or training stage look like. Lengths are in pixels or shares of the image's shorter side."""
+    """What scenes of one split or training stage look like. Lengths: pixels, or shares of the image's shorter side."""
 
     sizes: tuple[tuple[int, int], ...] = ((160, 160), (144, 192), (192, 144), (160, 192), (192, 160))  # height, width
     objects: tuple[int, int] = (1, 5)
@@ -133,7 +133,7 @@ def _draw(rng, hexcode, colour, height, width, scale, max_angle):
 
 
 def compose(rng: np.random.Generator, rules: SceneRules = SceneRules()) -> Scene:
-    """One random scene. The number of objects is at most the drawn one: objects that find no free place are left out."""
+    """One random scene. It has at most the drawn number of objects: those that find no free place are left out."""
     vocabulary = load_vocabulary()
     height, width = rules.sizes[rng.integers(len(rules.sizes))]
     canvas = _background(rng, height, width, rules.plain)

@@ -1,6 +1,7 @@
 """The vocabulary of the mini world: kinds of objects, their names, properties and pictograms.
 
-The table itself is `vocabulary.csv`, one row per kind. Pictograms are OpenMoji colour SVGs (CC BY-SA 4.0), rasterised here.
+The table itself is `vocabulary.csv`, one row per kind. Pictograms are OpenMoji colour SVGs (CC BY-SA 4.0), rasterised
+here.
 """
 
 import gzip
@@ -92,7 +93,7 @@ def read_svg(hexcode: str) -> str:
 
 @cache
 def sprite(hexcode: str, colour: str | None = None) -> np.ndarray:
-    """RGBA uint8 picture of a pictogram, cut to its outline and centred in SPRITE_SIZE pixels, optionally recoloured."""
+    """RGBA uint8 picture of a pictogram, cut to its outline and centred in SPRITE_SIZE pixels; `colour` repaints it."""
     if colour is not None:
         return recolour(sprite(hexcode), colour)
     png = bytes(resvg_py.svg_to_bytes(svg_string=read_svg(hexcode), width=2 * SPRITE_SIZE))

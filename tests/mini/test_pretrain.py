@@ -57,9 +57,8 @@ def test_contrast_by_hand():
     """With one true pair per row and column it is CLIP's loss; a further true pair is no negative."""
     similarity = torch.tensor([[2.0, 0.5], [-1.0, 1.0]])
     nothing = torch.zeros(2, 2, dtype=torch.bool)
-    targets = torch.arange(2)
-    clip = (torch.nn.functional.cross_entropy(similarity, targets)
-            + torch.nn.functional.cross_entropy(similarity.T, targets)) / 2  # fmt: skip
+    sides = [torch.nn.functional.cross_entropy(side, torch.arange(2)) for side in (similarity, similarity.T)]
+    clip = sum(sides) / 2
     torch.testing.assert_close(mini.contrast(similarity, torch.eye(2, dtype=torch.bool), nothing), clip)
     both = torch.tensor([[True, True], [False, True]])
     by_row = torch.tensor([0.0, 0.0, np.log1p(np.exp(-2.0))], dtype=torch.float32)  # pairs (0,0), (0,1), (1,1)

@@ -61,7 +61,7 @@ def test_decoder_training_resumes_exactly_and_leaves_clip_alone(tiny_folder, dat
 
 
 def test_aligned_film_starts_at_clips_own_similarity(tiny_folder):
-    """The tiny model's joint space (48) fits the decoder (64) whole, so the signed sum of products is the similarity."""
+    """The tiny model's joint space (48) fits the decoder (64) whole: the signed sum of products is the similarity."""
     model = fresh_decoder(load_model(str(tiny_folder))[0], 64, seed=0)
     activations, texts = torch.randn(5, 7, 64) + 1, torch.randn(90, 48) - 2
     align_film(model, activations, texts)
