@@ -27,7 +27,7 @@ class Scale:
     model: str  # what `load_segmenter` takes
     phrasecut: Path  # the VGPhraseCut_v0 folder
     results: Path
-    live_steps: int  # of the training run that a notebook shows live
+    live: dict  # what changes besides `training` in the run that a notebook shows live: seconds on a laptop
     training: dict = field(default_factory=dict)  # what this scale's budget changes in every run of experiments.yaml
     # What a run starts from whose model is not made from `model`'s CLIP: a Hub id, or a folder that another run makes.
     sources: dict[str, str | Path] = field(default_factory=dict)
@@ -66,7 +66,7 @@ SCALES = {
         model="mini",
         phrasecut=Path("mini/PhraseCut/VGPhraseCut_v0"),
         results=Path("."),
-        live_steps=200,
+        live={"iterations": 160, "batch": 16},
         training={"iterations": 3000, "phrases_per_image": 4, "film": "aligned"},
         sources={
             "vitseg": Path("training/mini-vit/model"),
@@ -79,7 +79,7 @@ SCALES = {
         model="CIDAS/clipseg-rd64-refined",
         phrasecut=Path("PhraseCut/VGPhraseCut_v0"),
         results=Path("paper"),
-        live_steps=1000,
+        live={"iterations": 1000},
         sources={
             "vitseg": "timm/vit_base_patch16_384.augreg_in21k_ft_in1k",
             "clipseg-resnet": "timm/resnet50x4_clip.openai",

@@ -86,7 +86,7 @@ def fit(
                     row = {"step": i + 1, **{k: round(float(v) / counted, 5) for k, v in totals.items()}}
                     row |= validate() if validate else {}
                     curve.append(row | {"seconds": round(seconds + time.monotonic() - started, 1)})
-                    bar.set_postfix({k: v for k, v in row.items() if k != "step"})
+                    bar.set_postfix({k: v for k, v in row.items() if k != "step"}, refresh=False)
                     totals, counted = {}, 0
                     save(i + 1)
     return pd.DataFrame(curve)
