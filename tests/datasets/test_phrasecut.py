@@ -12,13 +12,13 @@ from scipy.stats import binomtest, chi2_contingency, chisquare, kruskal, ks_2sam
 from skimage.draw import polygon2mask
 
 from clipseg_repro.datasets.phrasecut import (
-    BAD_IMAGES,
     PhraseCut,
     PhraseCutPlus,
     crop_window,
     mentions_property,
     rasterise,
 )
+from clipseg_repro.datasets.phrasecut_files import BAD_IMAGES
 from clipseg_repro.errors import InputError
 from clipseg_repro.prompts import TRAIN_TEMPLATES
 
