@@ -56,9 +56,7 @@ IMAGE_RULES = {
 }
 TASK_RULES = {
     "entry that is no object": lambda task: isinstance(task, dict),
-    "task_id that is neither text nor a number": lambda task: (
-        is_text(task.get("task_id")) or is_number(task["task_id"])
-    ),
+    "task_id that is no text": lambda task: is_text(task.get("task_id")),
     "image_id that is no whole number": lambda task: is_number(task.get("image_id")),
     "phrase that is no text": lambda task: is_text(task.get("phrase")),
     "phrase_structure without name, attributes or relations": lambda task: _is_structure(task.get("phrase_structure")),
