@@ -209,8 +209,10 @@ def evaluate(
 
     chosen = get_scale(scale)
     chosen.prepare()
+    dataset = PhraseCut(chosen.phrasecut, split)
+    dataset.check_pictures()  # before the long part
     segmenter = load_segmenter(source or chosen.model, dtype="float32")
-    result = phrasecut(segmenter, PhraseCut(chosen.phrasecut, split), prompts=prompts)
+    result = phrasecut(segmenter, dataset, prompts=prompts)
     typer.echo(result.table().round(3).to_string(index=False))
 
 

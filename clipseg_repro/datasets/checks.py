@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from clipseg_repro.errors import InputError
 
-NAMED = 3  # things with the same fault
+NAMED = 5  # things with the same fault, in a message
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")  # what a picture of a benchmark may be, whatever its suffix says
 
 

@@ -2,6 +2,8 @@
 
     VGPhraseCut_v0/images/<image_id>.jpg, image_data_split3000.json, refer_{train,val,test,miniv}.json
 
+The table of images may also be called image_data_split.json, as the official script writes it.
+
 The official data and the mini world's are read by the same code. Annotations are checked as they are read.
 """
 
@@ -14,7 +16,7 @@ import numpy as np
 from skimage.draw import polygon2mask
 
 from clipseg_repro.datasets import phrasecut_files
-from clipseg_repro.datasets.checks import Problems, read_picture
+from clipseg_repro.datasets.checks import Problems, check_pictures, read_picture
 from clipseg_repro.datasets.phrasecut_files import REMEDY, SPLITS
 from clipseg_repro.datasets.sample import Sample
 from clipseg_repro.errors import InputError
@@ -55,8 +57,8 @@ class PhraseCut:
     """One split of PhraseCut: item i is the `Sample` of one phrase, the whole image with the union of its polygons.
 
     root: the folder that holds `VGPhraseCut_v0`, or that folder. remove: phrases for which it returns True are left out
-    (`mentions_property` for Table 8). Samples are in order of image id, then as in the file. Raises InputError on a
-    missing or damaged file, and on an unknown split.
+    (`mentions_property` for Table 8). Samples are in order of image id, then as in the file. Raises one
+    InputError that names everything wrong with the annotations, and one for an unknown split.
 
     phrases: the phrase of every sample. structures: its `phrase_structure`. by_phrase: phrase -> indices of its samples.
     by_image: image id -> indices of its samples. supported: indices of the samples whose phrase is not unique, the ones
@@ -97,6 +99,12 @@ class PhraseCut:
         image_id = task["image_id"]
         info = {key: task[key] for key in ("task_id", "ann_ids", "phrase_structure")}
         return Sample(self._image(image_id), self._mask(i), self.phrases[i], image_id, info=info)
+
+    def check_pictures(self):
+        """Read every picture's header. Raises one InputError for all that are missing, no pictures or of another size."""
+        problems, images = Problems(), self.folder / "images"
+        check_pictures({images / f"{i}.jpg": size for i, size in self._sizes.items()}, problems, decode=False)
+        problems.stop(f"PhraseCut in '{self.folder}'", REMEDY)
 
     def visual_support(self, i: int, rng: np.random.Generator) -> Sample | None:
         """Another sample of the same phrase, drawn uniformly; None if the phrase is unique."""

@@ -255,14 +255,17 @@ def test_damaged_names(official, names):
 def test_every_kind_of_problem_is_counted_and_the_first_few_named(official):
     path = official / "refer_test.json"
     tasks = json.loads(path.read_text())
-    broken = [dict(tasks[0], task_id=f"20__{n}", phrase=None) for n in range(10, 15)]
+    broken = [dict(tasks[0], task_id=f"20__{n}", phrase=None) for n in range(10, 17)]
     tasks[2] |= square(NAN)
     path.write_text(json.dumps(tasks + broken + [tasks[1]]))
     with pytest.raises(InputError) as error:
         PhraseCut(official, "test")
     message = str(error.value)
     assert "\n" not in message
-    assert "refer_test.json: phrase that is no text (5): '20__10', '20__11', '20__12', ...; " in message
+    assert (
+        "refer_test.json: phrase that is no text (7): '20__10', '20__11', '20__12', '20__13', '20__14', ...; "
+        in message
+    )
     assert "refer_test.json: task_id that occurs twice: '20__1'; " in message
     assert f"refer_test.json: {FAR}: '7__2'. Remedy: " in message
 
@@ -335,6 +338,15 @@ def test_damaged_images(official, damage, message):
         dataset[2]
     assert "images/20.jpg'" in str(error.value)
     assert "clipseg-repro data check phrasecut" in str(error.value)
+
+
+def test_pictures_are_checked_by_their_headers(official):
+    dataset = PhraseCut(official, "test")
+    dataset.check_pictures()
+    web_page(official / "images" / "20.jpg")
+    (official / "images" / "7.jpg").unlink()
+    with pytest.raises(InputError, match=r"missing picture: 7.jpg; web page in place of a picture: 20.jpg"):
+        dataset.check_pictures()
 
 
 # The check of a whole folder
