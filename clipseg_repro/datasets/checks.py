@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from clipseg_repro.errors import InputError
 
 NAMED = 5  # things with the same fault, in a message
+MAX_PIXELS = 10**8  # of a picture; those of the benchmarks have at most some millions
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")  # what a picture of a benchmark may be, whatever its suffix says
 
 
@@ -92,8 +93,8 @@ def is_number(value) -> bool:
 
 
 def is_size(width, height) -> bool:
-    """Whether a picture can have so many pixels: at most those that Pillow opens without a warning."""
-    return is_number(width) and is_number(height) and width > 0 < height and width * height <= Image.MAX_IMAGE_PIXELS
+    """Whether a picture can have so many pixels."""
+    return is_number(width) and is_number(height) and width > 0 < height and width * height <= MAX_PIXELS
 
 
 def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
@@ -136,7 +137,7 @@ def check_pictures(sizes: Mapping[Path, tuple[int, int]], problems: Problems, de
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # Pillow decodes without holding Python's lock
     try:
         faults = pool.map(partial(picture_fault, decode=decode), sizes, sizes.values())
-        for path, fault in zip(sizes, tqdm(faults, "pictures", len(sizes), unit="picture", mininterval=0.5)):
+        for fault, path in zip(tqdm(faults, "pictures", len(sizes), unit="picture", mininterval=0.5), sizes):
             if fault:
                 wrong, detail = fault
                 problems.add(wrong, f"{path.name}{f' ({detail})' * bool(detail)}")

@@ -57,8 +57,8 @@ class PhraseCut:
     """One split of PhraseCut: item i is the `Sample` of one phrase, the whole image with the union of its polygons.
 
     root: the folder that holds `VGPhraseCut_v0`, or that folder. remove: phrases for which it returns True are left out
-    (`mentions_property` for Table 8). Samples are in order of image id, then as in the file. Raises one
-    InputError that names everything wrong with the annotations, and one for an unknown split.
+    (`mentions_property` for Table 8). Samples are in order of image id, then as in the file. Raises one InputError
+    that names everything wrong with the annotations, and one for an unknown split.
 
     phrases: the phrase of every sample. structures: its `phrase_structure`. by_phrase: phrase -> indices of its samples.
     by_image: image id -> indices of its samples. supported: indices of the samples whose phrase is not unique, the ones
@@ -75,7 +75,7 @@ class PhraseCut:
         if remove:
             tasks = [task for task in tasks if not remove(task["phrase"])]
         self._tasks = tasks = phrasecut_files.used_tasks(tasks, split, images, problems)
-        self._sizes = {i: phrasecut_files.image_size(images[i]) for i in {t["image_id"] for t in tasks}}
+        self._sizes = {t["image_id"]: phrasecut_files.image_size(images[t["image_id"]]) for t in tasks}
         names = phrasecut_files.read_names(self.folder, self._sizes, problems)
         problems.stop(f"PhraseCut in '{self.folder}'", REMEDY)
         if not tasks:

@@ -40,9 +40,10 @@ REMEDY = (
 
 def _is_structure(value) -> bool:
     try:
-        texts = [*value["attributes"], *(text for pair in value["relation_descriptions"] for text in pair)]
-        pairs = all(len(pair) == 2 and isinstance(pair, list) for pair in value["relation_descriptions"])
-        return is_text(value["name"]) and isinstance(value["attributes"], list) and pairs and all(map(is_text, texts))
+        name, attributes, relations = (value[key] for key in ("name", "attributes", "relation_descriptions"))
+        are_lists = all(isinstance(part, list) for part in (attributes, relations, *relations))
+        texts = all(isinstance(text, str) for text in chain([name], attributes, *relations))
+        return are_lists and texts and all(len(pair) == 2 for pair in relations)
     except (KeyError, TypeError):
         return False
 
@@ -187,6 +188,6 @@ def check(root: str | Path) -> tuple[dict[str, tuple[int, int]], Problems]:
             problems.add(f"refer_{split}.json: not the official number of entries", f"{found}, official {wanted}")
         used = used_tasks(tasks, split, images, problems)
         sizes |= {folder / "images" / f"{t['image_id']}.jpg": image_size(images[t["image_id"]]) for t in used}
-    read_names(folder, (), problems)
+    read_names(folder, [int(path.stem) for path in sizes], problems)
     check_pictures(sizes, problems)
     return counts, problems

@@ -120,7 +120,7 @@ def _start(folder: Path, manifest: dict):
 def _drop_chunks(folder: Path, damage: list[str]):
     """Delete the damaged chunks and those of damaged images, so that they are written again."""
     for name in damage:
-        image = re.fullmatch(r"images/([0-9])([0-9]{6})\.jpg", name)
+        image = re.fullmatch(r"images/([1-4])([0-9]{6})\.jpg", name)
         if image:
             split = {str(code): split for split, code in CODES.items()}[image[1]]
             name = _chunk_path(Path(), split, int(image[2]) // CHUNK * CHUNK)
