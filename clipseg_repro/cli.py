@@ -50,6 +50,10 @@ ScaleOption = Annotated[
 ]
 
 
+class DataSet(StrEnum):
+    phrasecut = "phrasecut"
+
+
 class Prompts(StrEnum):
     text = "text"
     visual = "visual"
@@ -117,10 +121,29 @@ def _write_maps(out, stem, picture, probability, threshold):
 
 @data.command("build")
 def data_build(scale: ScaleOption = ScaleName.mini):
-    """Generate the mini data sets; at paper scale, check that the real ones are there. Goes on where it was stopped."""
+    """Generate the mini data sets, or repair them; at paper scale, see that the real ones are there. Goes on where it was
+    stopped."""
     chosen = get_scale(scale)
     chosen.prepare()
     typer.echo(f"The data are in {chosen.phrasecut}")
+
+
+@data.command("check")
+def data_check(
+    dataset: Annotated[DataSet, typer.Argument(help="The data set to check.")],
+    scale: ScaleOption = ScaleName.mini,
+):
+    """Check a data set whole: its files, counts, annotations and every picture. Exit code 1 if anything is wrong."""
+    from clipseg_repro.datasets import phrasecut_files
+
+    folder = get_scale(scale).phrasecut
+    counts, problems = phrasecut_files.check(folder)
+    for split, (phrases, images) in counts.items():
+        typer.echo(f"{split}: {phrases} phrases on {images} images")
+    if problems:
+        typer.echo("\n".join([f"{len(problems)} problems in {folder}:", *problems.lines()]))
+        raise typer.Exit(1)
+    typer.echo(f"Nothing is wrong in {folder}")
 
 
 @data.command("weights")
@@ -186,8 +209,10 @@ def evaluate(
 
     chosen = get_scale(scale)
     chosen.prepare()
+    dataset = PhraseCut(chosen.phrasecut, split)
+    dataset.check_pictures()  # before the long part
     segmenter = load_segmenter(source or chosen.model, dtype="float32")
-    result = phrasecut(segmenter, PhraseCut(chosen.phrasecut, split), prompts=prompts)
+    result = phrasecut(segmenter, dataset, prompts=prompts)
     typer.echo(result.table().round(3).to_string(index=False))
 
 

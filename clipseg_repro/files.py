@@ -1,8 +1,17 @@
-"""Files are written whole or not at all."""
+"""Files are written whole or not at all; folders of generated files are known by their checksums."""
 
+import hashlib
+import json
 import os
-from contextlib import contextmanager
+import re
+import sys
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
+from filelock import FileLock, Timeout
+
+CHECKSUMS = "build/checksums.json"  # below the folder whose files it lists
 
 
 @contextmanager
@@ -19,18 +28,70 @@ def written_whole(path: Path):
 
 
 def sweep(folder: Path):
-    """Remove the temporary files that killed writers left in `folder`."""
-    for leftover in Path(folder).glob(".*.tmp"):
-        owner = leftover.name.split(".")[-2]
-        if not (owner.isdigit() and _lives(int(owner))):
-            leftover.unlink(missing_ok=True)
+    """Delete what `written_whole` left in `folder`, and below it, when its process was killed."""
+    for path in Path(folder).rglob(".*.tmp"):
+        writer = path.name.split(".")[-2]
+        if re.fullmatch(r"[0-9]{1,9}", writer) and not psutil.pid_exists(int(writer)):
+            path.unlink(missing_ok=True)
 
 
-def _lives(pid: int) -> bool:
+@contextmanager
+def alone(path: Path, doing: str):
+    """Hold the lock file `path`; while another process holds it, say so and wait. A dead process holds none."""
+    lock = FileLock(path)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(f"Process {path.read_text()} is {doing}: waiting until it is through.", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        path.write_text(str(os.getpid()))
+        yield
+    finally:
+        lock.release()
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def record_files(folder: Path):
+    """List size and SHA-256 of every file below `folder` in its CHECKSUMS."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = {p.relative_to(folder).as_posix(): [p.stat().st_size, sha256(p)] for p in paths}
+    found.pop(CHECKSUMS, None)
+    with written_whole(folder / CHECKSUMS) as temporary:
+        temporary.write_text(json.dumps(found, indent=0), encoding="utf-8")
+
+
+def changed_files(folder: Path, every: bool = False) -> list[str]:
+    """The files that are missing or not as CHECKSUMS lists them; CHECKSUMS itself if it cannot be read.
+
+    Sizes are always compared; contents where a file is newer than the list, or of `every` file. Files that are found
+    right make the list the newest again. Files that are not listed are left alone.
+    """
+    listing = folder / CHECKSUMS
+    try:
+        since = listing.stat().st_mtime_ns
+        known = dict(json.loads(listing.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return [CHECKSUMS]
+    changed, read = [], 0
+    for name, recorded in known.items():
+        path = f"{folder}/{name}"
+        try:
+            stat = os.stat(path)
+            size, checksum = recorded
+            right = stat.st_size == size
+            if right and (every or max(stat.st_mtime_ns, stat.st_ctime_ns) >= since):
+                read += 1
+                right = sha256(path) == checksum
+        except (OSError, ValueError, TypeError):
+            right = False
+        if not right:
+            changed.append(name)
+    if read and not changed:
+        with suppress(OSError):  # a read-only folder is read again each time
+            os.utime(listing)
+    return changed

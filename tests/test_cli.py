@@ -1,5 +1,7 @@
 """The command line, as its user sees it: files, messages, exit codes."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -86,6 +88,33 @@ def test_other_commands_refuse_bad_input(run):
     assert fails(run("train", "mini-clip", "--steps", 5), "own curriculum")
     assert fails(run("train", "vitseg-pc"), "training/mini-vit/model", "clipseg-repro train mini-vit")
     assert run("reproduce", "--scale", "large").exit_code == 2
+
+
+def test_data_check(run, files, data, monkeypatch):
+    """Of a build, and of the same files as if they were fetched: then the official counts are missed."""
+    monkeypatch.setenv("CLIPSEG_REPRO_DATA", str(files))
+    folder = files / "mini" / "PhraseCut" / "VGPhraseCut_v0"
+    shutil.copytree(data / folder.name, folder)
+    result = run("data", "check", "phrasecut")
+    assert result.exit_code == 0, result.output
+    assert "test: " in result.stdout
+    assert "on 4 images\nNothing is wrong in " in result.stdout
+    (folder / "images" / "3000001.jpg").unlink()
+    (folder / "names.json").unlink()
+    result = run("data", "check", "phrasecut")
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-3:] == [
+        f"3 problems in {folder}:",
+        "file that is missing, or not as it was built (2): images/3000001.jpg, names.json",
+        "missing picture: 3000001.jpg",
+    ]
+    shutil.rmtree(folder / "build")
+    folder.parent.rename(files / "PhraseCut")
+    result = run("data", "check", "phrasecut", "--scale", "paper")
+    assert result.exit_code == 1
+    assert "on 4 images, official 14354 phrases on 2545 images\n" in result.stdout
+    assert "missing file: refer_miniv.json\n" in result.stdout
+    assert fails(run("data", "check", "phrasecut"), "no PhraseCut data at", "clipseg-repro data build")
 
 
 def test_a_failed_notebook_is_exit_code_1(run, monkeypatch):
@@ -192,7 +221,17 @@ def test_ctrl_c_says_how_to_go_on(run, monkeypatch, command):
     assert "Run the same command again" in result.stderr
 
 
-COMMANDS = [[], ["segment"], ["data", "build"], ["data", "weights"], ["train"], ["evaluate"], ["verify"], ["reproduce"]]
+COMMANDS = [
+    [],
+    ["segment"],
+    ["data", "build"],
+    ["data", "check"],
+    ["data", "weights"],
+    ["train"],
+    ["evaluate"],
+    ["verify"],
+    ["reproduce"],
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -2,29 +2,26 @@
 
     VGPhraseCut_v0/images/<image_id>.jpg, image_data_split3000.json, refer_{train,val,test,miniv}.json
 
-The official data and the mini world's are read by the same code.
+The table of images may also be called image_data_split.json, as the official script writes it.
+
+The official data and the mini world's are read by the same code. Annotations are checked as they are read.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 from skimage.draw import polygon2mask
 
+from clipseg_repro.datasets import phrasecut_files
+from clipseg_repro.datasets.checks import Problems, check_pictures, read_picture
+from clipseg_repro.datasets.phrasecut_files import REMEDY, SPLITS
 from clipseg_repro.datasets.sample import Sample
 from clipseg_repro.errors import InputError
 from clipseg_repro.prompts import TRAIN_TEMPLATES, VisualPrompt
 
-SPLITS = ("train", "val", "test", "miniv")
-# Annotation and image differ in size (released loader, datasets/phrasecut.py).
-BAD_IMAGES = frozenset(
-    {150417, 285665, 498246, 61564, 285743, 498269, 498010, 150516, 150344}
-    | {286093, 61530, 150333, 286065, 285814, 498187, 285761, 498042}
-)
 # Words that would show the decoder the prompts of Table 8 (released loader).
 PROPERTY_WORDS = frozenset(
     {"drink", "drinks", "drinking", "sit", "sits", "sitting", "ride", "rides", "riding", "fly", "flies", "flying"}
@@ -60,8 +57,8 @@ class PhraseCut:
     """One split of PhraseCut: item i is the `Sample` of one phrase, the whole image with the union of its polygons.
 
     root: the folder that holds `VGPhraseCut_v0`, or that folder. remove: phrases for which it returns True are left out
-    (`mentions_property` for Table 8). Samples are in order of image id, then as in the file. Raises InputError on a
-    missing or damaged file, and on an unknown split.
+    (`mentions_property` for Table 8). Samples are in order of image id, then as in the file. Raises one InputError
+    that names everything wrong with the annotations, and one for an unknown split.
 
     phrases: the phrase of every sample. structures: its `phrase_structure`. by_phrase: phrase -> indices of its samples.
     by_image: image id -> indices of its samples. supported: indices of the samples whose phrase is not unique, the ones
@@ -71,24 +68,18 @@ class PhraseCut:
     def __init__(self, root: str | Path, split: str, remove: Callable[[str], bool] | None = None):
         if split not in SPLITS:
             raise InputError(f"unknown PhraseCut split '{split}': choose one of {', '.join(SPLITS)}")
-        root = Path(root)
-        self.folder = root if root.name == "VGPhraseCut_v0" else root / "VGPhraseCut_v0"
-        if not self.folder.is_dir():
-            raise InputError(
-                f"no PhraseCut data at '{self.folder}': make the mini world's with `clipseg-repro data build`, or "
-                "put the official VGPhraseCut_v0 (downloader: ChenyunWu/PhraseCutDataset on GitHub) there"
-            )
-        images = {entry["image_id"]: entry for entry in self._read("image_data_split3000.json", ("image_id",))}
-        tasks = self._read(f"refer_{split}.json", ("task_id", "image_id", "Polygons", "phrase", "phrase_structure"))
-        # The released loader keeps the images that the split table gives to this split.
-        tasks = [t for t in tasks if images.get(t["image_id"], {}).get("split") == split]
-        tasks = [t for t in tasks if t["image_id"] not in BAD_IMAGES and not (remove and remove(t["phrase"]))]
-        tasks.sort(key=lambda task: task["image_id"])  # stable: within an image as in the file
-        if not tasks:
-            raise InputError(f"no phrase of split '{split}' is left in '{self.folder}': build or download it again")
         self.split = split
-        self._tasks = [_compact(task) for task in tasks]
-        self._sizes = {i: (images[i]["height"], images[i]["width"]) for i in {t["image_id"] for t in tasks}}
+        self.folder, problems = phrasecut_files.find(root), Problems()
+        images = phrasecut_files.read_images(self.folder, problems)
+        tasks = phrasecut_files.read_tasks(self.folder, split, problems)
+        if remove:
+            tasks = [task for task in tasks if not remove(task["phrase"])]
+        self._tasks = tasks = phrasecut_files.used_tasks(tasks, split, images, problems)
+        self._sizes = {t["image_id"]: phrasecut_files.image_size(images[t["image_id"]]) for t in tasks}
+        names = phrasecut_files.read_names(self.folder, self._sizes, problems)
+        problems.stop(f"PhraseCut in '{self.folder}'", REMEDY)
+        if not tasks:
+            raise InputError(f"no phrase of split '{split}' is left in '{self.folder}': {REMEDY}")
         self.phrases = [task["phrase"] for task in tasks]
         self.structures = [task["phrase_structure"] for task in tasks]
         self.by_phrase: dict[str, list[int]] = {}
@@ -96,7 +87,7 @@ class PhraseCut:
         for i, task in enumerate(tasks):
             self.by_phrase.setdefault(task["phrase"], []).append(i)
             self.by_image.setdefault(task["image_id"], []).append(i)
-        self._names = self._names_by_image()
+        self._names = self._names_said() if names is None else names
         self.supported = [i for i, phrase in enumerate(self.phrases) if len(self.by_phrase[phrase]) > 1]
         self._last = None, None  # image id and image: the phrases about an image are asked for together
 
@@ -108,6 +99,12 @@ class PhraseCut:
         image_id = task["image_id"]
         info = {key: task[key] for key in ("task_id", "ann_ids", "phrase_structure")}
         return Sample(self._image(image_id), self._mask(i), self.phrases[i], image_id, info=info)
+
+    def check_pictures(self):
+        """Read every picture's header. Raises one InputError for all that are missing, no pictures or of another size."""
+        problems, images = Problems(), self.folder / "images"
+        check_pictures({images / f"{i}.jpg": size for i, size in self._sizes.items()}, problems, decode=False)
+        problems.stop(f"PhraseCut in '{self.folder}'", REMEDY)
 
     def visual_support(self, i: int, rng: np.random.Generator) -> Sample | None:
         """Another sample of the same phrase, drawn uniformly; None if the phrase is unique."""
@@ -121,9 +118,7 @@ class PhraseCut:
         """
         return any(n == name or n.endswith(f" {name}") for n in self._names[image_id])
 
-    def _names_by_image(self) -> dict[int, list[str]]:
-        if (self.folder / "names.json").exists():
-            return {int(i): names for i, names in self._read("names.json", (), dict).items()}
+    def _names_said(self) -> dict[int, list[str]]:
         names: dict[int, list[str]] = {}
         for i, indices in self.by_image.items():
             said = [self.structures[j] for j in indices]
@@ -142,50 +137,10 @@ class PhraseCut:
         return last[1]  # not self._last[1], which another thread may have replaced
 
     def _read_image(self, image_id: int) -> np.ndarray:
-        path = self.folder / "images" / f"{image_id}.jpg"
-        try:
-            with Image.open(path) as picture:  # EXIF rotation is not applied: polygons are in stored pixels
-                image = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
-        except FileNotFoundError:
-            raise InputError(f"'{path}' is missing: build or download the images of PhraseCut again") from None
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"'{path}' cannot be read ({error}): build or download it again") from None
-        if image.shape[:2] != self._sizes[image_id]:
-            raise InputError(
-                f"'{path}' is {image.shape[1]} x {image.shape[0]} pixels, image_data_split3000.json says "
-                f"{' x '.join(map(str, self._sizes[image_id][::-1]))}: image and annotation are not of one data set"
-            )
-        return image
-
-    def _read(self, name: str, keys: Sequence[str], kind: type = list):
-        path = self.folder / name
-        remedy = "build or download it again"
-        try:
-            entries = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise InputError(f"'{path}' is missing: {remedy}") from None
-        except OSError as error:
-            raise InputError(f"'{path}' cannot be read ({error.strerror}): check its permissions") from None
-        except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-            raise InputError(f"'{path}' is not valid JSON ({error}): {remedy}") from None
-        if not isinstance(entries, kind):
-            raise InputError(f"'{path}' holds no {kind.__name__}: {remedy}")
-        for n, entry in enumerate(entries):
-            missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-            if missing:
-                raise InputError(f"'{path}' entry {n} has no '{missing[0]}': {remedy}")
-        return entries
-
-
-def _compact(task: dict) -> dict:
-    """A task with its polygons as arrays: a tenth of the memory, and ready to draw."""
-    polygons = [np.asarray(p, np.float64) for instance in task["Polygons"] for p in instance if len(p)]
-    if any(p.ndim != 2 or p.shape[1] != 2 for p in polygons):
-        raise InputError(
-            f"PhraseCut task '{task['task_id']}' has a polygon that is no list of [x, y]: get the file again"
-        )
-    kept = {key: task.get(key) for key in ("task_id", "image_id", "ann_ids", "phrase_structure")}
-    return kept | {"polygons": polygons}
+        try:  # as stored, EXIF rotation not applied: so are the polygons
+            return read_picture(self.folder / "images" / f"{image_id}.jpg", self._sizes[image_id])
+        except InputError as error:
+            raise InputError(f"{error}: {REMEDY}") from None
 
 
 @dataclass(frozen=True, eq=False)

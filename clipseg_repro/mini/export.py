@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
@@ -18,8 +19,9 @@ import cv2
 import numpy as np
 from tqdm.auto import tqdm
 
+from clipseg_repro.datasets.phrasecut_files import FOLDER, IMAGE_TABLES
 from clipseg_repro.errors import InputError
-from clipseg_repro.files import written_whole
+from clipseg_repro.files import CHECKSUMS, alone, changed_files, record_files, sweep, written_whole
 from clipseg_repro.mini.phrases import Phrase, describe
 from clipseg_repro.mini.scenes import Scene, SceneRules, compose
 from clipseg_repro.mini.vocabulary import load_vocabulary
@@ -33,36 +35,42 @@ PHRASES = (2, 5)  # per scene, where there are so many to say
 MIN_AREA = 0.002  # share of the image that a phrase's objects fill at least
 JPEG_QUALITY = 90
 CHUNK = 50  # scenes
-FOLDER, MANIFEST = "VGPhraseCut_v0", "manifest.json"
+CHUNKS = Path(CHECKSUMS).parent.name  # folder; kept, so that damaged annotations need no scene drawn again
+MANIFEST = "manifest.json"
 
 
 def build(root: Path, seed: int = 0, workers: int | None = None, splits: dict[str, int] | None = None) -> Path:
     """Write `root/VGPhraseCut_v0` and return that folder. The same seed writes the same bytes, whatever `workers` is.
 
     splits: scenes per split, default SPLITS. workers: processes, default one per core up to 4. A complete build of the
-    same settings is left as it is; one that was killed goes on where it stopped; one of other settings is replaced once
-    the new one is whole. Raises InputError if the folder cannot be written or holds data that was not built here.
+    same settings is left as it is, what is missing or damaged in it is made again (see `files.changed_files`). One that
+    was killed goes on where it stopped; one of other settings is replaced once the new one is whole. A second process
+    waits until the first is through. Raises InputError if the folder cannot be written or holds data not built here.
     """
     splits = dict(SPLITS if splits is None else splits)
     if not splits or any(s not in CODES or not 0 < n < IDS_PER_SPLIT for s, n in splits.items()):
         raise InputError(f"splits {splits}: give a number of scenes for some of {', '.join(CODES)}")
-    root = Path(root)
-    final, partial = root / FOLDER, root / f".{FOLDER}.partial"
+    root, workers = Path(root), workers or min(4, os.cpu_count() or 1)
+    final, partial, old = root / FOLDER, root / f".{FOLDER}.partial", root / f".{FOLDER}.old"
     manifest = {"seed": seed, "scenes": splits, "sources": _sources()}
     try:
-        if final.exists():
-            if not (final / MANIFEST).is_file():
-                raise InputError(f"'{final}' was not built here: choose another folder, or move that one away")
-            if _is_complete(final, manifest):
-                return final
-        if _read_json(partial / MANIFEST) != manifest:
+        if final.exists() and not any((final / name).is_file() for name in (MANIFEST, CHECKSUMS)):
+            raise InputError(f"'{final}' was not built here: choose another folder, or move that one away")
+        if _damage(final, manifest) == [] and not partial.exists() and not old.exists():
+            return final
+        root.mkdir(parents=True, exist_ok=True)
+        with alone(root / f".{FOLDER}.lock", f"building the data in '{root}'"):
+            shutil.rmtree(old, ignore_errors=True)
+            sweep(root)
+            damage = _damage(final, manifest)
+            if damage is None:
+                _start(partial, manifest)
+                _write_all(partial, seed, splits, workers)
+                _replace(final, partial, old)
+            elif damage:
+                _drop_chunks(final, damage)
+                _write_all(final, seed, splits, workers)
             shutil.rmtree(partial, ignore_errors=True)
-            (partial / "images").mkdir(parents=True)
-            (partial / "chunks").mkdir()
-            _write_json(partial / MANIFEST, manifest)
-        _write_chunks(partial, seed, splits, workers or min(4, os.cpu_count() or 1))
-        _join_chunks(partial, splits)
-        _replace(final, partial)
     except OSError as error:
         raise InputError(
             f"cannot write the mini data to '{root}' ({error.strerror or error}): make that folder writable with "
@@ -93,11 +101,39 @@ def _write_json(path: Path, content):
         temporary.write_text(json.dumps(content, separators=(",", ":")))
 
 
-def _is_complete(folder: Path, manifest: dict) -> bool:
-    if _read_json(folder / MANIFEST) != manifest or not (folder / "image_data_split3000.json").is_file():
-        return False
-    tables = all((folder / f"refer_{split}.json").is_file() for split in manifest["scenes"])
-    return tables and len(os.listdir(folder / "images")) == sum(manifest["scenes"].values())
+def _damage(folder: Path, manifest: dict) -> list[str] | None:
+    """The damaged files of a build of these settings; None if there is none, or its list of files is gone."""
+    changed = changed_files(folder)
+    return None if changed == [CHECKSUMS] or _read_json(folder / MANIFEST) != manifest else changed
+
+
+def _start(folder: Path, manifest: dict):
+    """Begin a build, or keep what a killed one of the same settings has made."""
+    if _read_json(folder / MANIFEST) != manifest:
+        shutil.rmtree(folder, ignore_errors=True)
+        _write_json(folder / MANIFEST, manifest)
+    for chunk in (folder / CHUNKS).glob("*.json"):
+        if _read_json(chunk) is None:
+            chunk.unlink()
+
+
+def _drop_chunks(folder: Path, damage: list[str]):
+    """Delete the damaged chunks and those of damaged images, so that they are written again."""
+    for name in damage:
+        image = re.fullmatch(r"images/([1-4])([0-9]{6})\.jpg", name)
+        if image:
+            split = {str(code): split for split, code in CODES.items()}[image[1]]
+            name = _chunk_path(Path(), split, int(image[2]) // CHUNK * CHUNK)
+        if Path(name).parent.name == CHUNKS:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _write_all(folder: Path, seed: int, splits: dict[str, int], workers: int):
+    """Everything that is not there yet; the list of files comes last."""
+    (folder / "images").mkdir(exist_ok=True)
+    _write_chunks(folder, seed, splits, workers)
+    _join_chunks(folder, splits)
+    record_files(folder)
 
 
 def _write_chunks(folder: Path, seed: int, splits: dict[str, int], workers: int):
@@ -133,7 +169,7 @@ def _follow_parent():
 
 
 def _chunk_path(folder: Path, split: str, first: int) -> Path:
-    return folder / "chunks" / f"{split}_{first:06d}.json"
+    return folder / CHUNKS / f"{split}_{first:06d}.json"
 
 
 def _write_chunk(folder: Path, seed: int, split: str, first: int, last: int) -> int:
@@ -164,16 +200,10 @@ def _join_chunks(folder: Path, splits: dict[str, int]):
             names |= chunk["names"]
         _write_json(folder / f"refer_{split}.json", [entry for chunk in chunks for entry in chunk["tasks"]])
     _write_json(folder / "names.json", names)  # of everything in an image, said or not; the official data have none
-    _write_json(folder / "image_data_split3000.json", images)
+    _write_json(folder / IMAGE_TABLES[0], images)
 
 
-def _replace(final: Path, partial: Path):
-    """Put the finished folder in its place, without its chunks and what killed runs left."""
-    old = final.with_name(f".{FOLDER}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(partial / "chunks")
-    for leftover in partial.glob(".*.tmp"):
-        leftover.unlink()
+def _replace(final: Path, partial: Path, old: Path):
     if final.exists():
         os.replace(final, old)
     os.replace(partial, final)

@@ -16,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 
 import clipseg_repro
 from clipseg_repro.errors import InputError
-from clipseg_repro.files import written_whole
+from clipseg_repro.files import sha256, written_whole
 from clipseg_repro.models.loading import MINI
 from clipseg_repro.study.scales import Scale
 
@@ -82,11 +82,6 @@ def provenance(scale: Scale) -> dict:
         "machine": _machine(),
         **_commit(),
     }
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _path(scale, folder, name, suffix):

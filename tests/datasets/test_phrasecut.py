@@ -2,23 +2,28 @@
 
 import json
 import pickle
+import shutil
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import binomtest, chi2_contingency, chisquare, kruskal, ks_2samp, kstest
 from skimage.draw import polygon2mask
 
+from clipseg_repro.datasets import phrasecut_files
 from clipseg_repro.datasets.phrasecut import (
-    BAD_IMAGES,
     PhraseCut,
     PhraseCutPlus,
     crop_window,
     mentions_property,
     rasterise,
 )
+from clipseg_repro.datasets.phrasecut_files import BAD_IMAGES, check
 from clipseg_repro.errors import InputError
 from clipseg_repro.prompts import TRAIN_TEMPLATES
 
@@ -143,7 +148,7 @@ def test_what_an_image_may_show(official):
 def test_missing_data_is_named_with_the_remedy(tmp_path, official):
     with pytest.raises(InputError, match=r"nowhere.*clipseg-repro data build.*official"):
         PhraseCut(tmp_path / "nowhere", "test")
-    with pytest.raises(InputError, match=r"refer_train.json' is missing"):
+    with pytest.raises(InputError, match=r"missing file: refer_train.json.* clipseg-repro data check phrasecut"):
         PhraseCut(official, "train")
     with pytest.raises(InputError, match="unknown PhraseCut split 'dev': choose one of train, val, test, miniv"):
         PhraseCut(official, "dev")
@@ -152,31 +157,241 @@ def test_missing_data_is_named_with_the_remedy(tmp_path, official):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'[{"task_id": "1__0", "ima', "not valid JSON"),
+        (b'[{"task_id": "1__0", "ima', r"not valid JSON \(Unterminated string"),
         (b"\xff\xfe\x00", "not valid JSON"),
-        (b'{"tasks": []}', "holds no list"),
-        (b'[{"task_id": "1__0"}]', "entry 0 has no 'image_id'"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"<!DOCTYPE html><html>", "not valid JSON"),
+        (b'{"tasks": []}', "file that holds no list: refer_test.json"),
+        (b'[{"task_id": "1__0"}]', "image_id that is no whole number: '1__0'"),
+        (b"[null, 5]", r"entry that is no object \(2\): None, 5"),
         (b"[]", "no phrase"),
     ],
 )
-def test_damaged_annotations(official, content, message):
+def test_damaged_files(official, content, message):
     (official / "refer_test.json").write_bytes(content)
     with pytest.raises(InputError, match=message):
         PhraseCut(official, "test")
 
 
-def test_damaged_images(official):
+NAN, INFINITY = float("nan"), float("inf")
+POLYGONS = "Polygons that are empty, or no lists of instances of polygons of [x, y]"
+FAR = "coordinates that are not finite, or farther outside than the image's longer side"
+
+
+def square(x=1, y=1):
+    return {"Polygons": [[[[x, y], [3, 1], [3, 3], [1, 3]]]]}
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),  # of the task '20__0', on an image of 8 x 6 pixels; '20__1' shares its image
+    [
+        (square(NAN), FAR),
+        (square(y=INFINITY), FAR),
+        (square(1e12), FAR),
+        (square(-8.5), FAR),
+        (square(y=16.5), FAR),
+        (square(10**400), POLYGONS),
+        (square(None), POLYGONS),
+        (square("1"), POLYGONS),
+        (square(True), POLYGONS),
+        (square([1]), POLYGONS),
+        ({"Polygons": None}, POLYGONS),
+        ({"Polygons": []}, POLYGONS),
+        ({"Polygons": [[]]}, POLYGONS),
+        ({"Polygons": [[SQUARE, []]]}, POLYGONS),
+        ({"Polygons": [SQUARE]}, POLYGONS),
+        ({"Polygons": [[[[1, 2, 3], [4, 5, 6]]]]}, POLYGONS),
+        ({"Polygons": {"x": 1}}, POLYGONS),
+        ({"image_id": 5}, "task whose image has no sound entry in the table of images"),
+        ({"image_id": "20"}, "image_id that is no whole number"),
+        ({"image_id": "/etc/hostname"}, "image_id that is no whole number"),
+        ({"image_id": "../20"}, "image_id that is no whole number"),
+        ({"image_id": None}, "image_id that is no whole number"),
+        ({"phrase": None}, "phrase that is no text"),
+        ({"phrase": " "}, "phrase that is no text"),
+        ({"phrase_structure": None}, "phrase_structure without name, attributes or relations"),
+        ({"phrase_structure": {"name": "dog"}}, "phrase_structure without name, attributes or relations"),
+    ],
+)
+def test_damaged_tasks(official, change, wrong):
+    path = official / "refer_test.json"
+    tasks = json.loads(path.read_text())
+    tasks[0] |= change
+    path.write_text(json.dumps(tasks))
+    with pytest.raises(InputError) as error:
+        PhraseCut(official, "test")
+    assert f"refer_test.json: {wrong}: '20__0'. Remedy: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        ({"width": 0}, "image of an impossible size: 20"),
+        ({"height": -6}, "image of an impossible size: 20"),
+        ({"height": 10**6, "width": 10**6}, "image of an impossible size: 20"),
+        ({"height": "6"}, "image of an impossible size: 20"),
+        ({"width": None}, "image of an impossible size: 20"),
+        ({"image_id": "20"}, "image_id that is no whole number: '20'"),
+        ({"image_id": 7}, "image_id that occurs twice: 7"),
+        ({"split": 5}, "image without a split: 20"),
+    ],
+)
+def test_damaged_table_of_images(official, change, wrong):
+    path = official / "image_data_split3000.json"
+    images = json.loads(path.read_text())
+    images[0] |= change
+    path.write_text(json.dumps(images))
+    with pytest.raises(InputError, match=f"image_data_split3000.json: {wrong}"):
+        PhraseCut(official, "test")
+
+
+@pytest.mark.parametrize("names", [{"7": ["dog"]}, {"7": ["dog"], "20": "dog"}, {"7": ["dog"], "20": [5]}, []])
+def test_damaged_names(official, names):
+    (official / "names.json").write_text(json.dumps(names))
+    with pytest.raises(InputError, match=r"names\.json"):
+        PhraseCut(official, "test")
+
+
+def test_every_kind_of_problem_is_counted_and_the_first_few_named(official):
+    path = official / "refer_test.json"
+    tasks = json.loads(path.read_text())
+    broken = [dict(tasks[0], task_id=f"20__{n}", phrase=None) for n in range(10, 17)]
+    tasks[2] |= square(NAN)
+    path.write_text(json.dumps(tasks + broken + [tasks[1]]))
+    with pytest.raises(InputError) as error:
+        PhraseCut(official, "test")
+    message = str(error.value)
+    assert "\n" not in message
+    assert (
+        "refer_test.json: phrase that is no text (7): '20__10', '20__11', '20__12', '20__13', '20__14', ...; "
+        in message
+    )
+    assert "refer_test.json: task_id that occurs twice: '20__1'; " in message
+    assert f"refer_test.json: {FAR}: '7__2'. Remedy: " in message
+
+
+def test_what_the_official_data_may_have_is_no_problem(official):
+    """Coordinates beyond the border, an instance without polygons, short polygons, another image's bad coordinates."""
+    path = official / "refer_test.json"
+    tasks = json.loads(path.read_text())
+    tasks[0] |= {"Polygons": [[], [[[-2, -2], [9.5, -2], [9.5, 7], [-2, 7]], [[1, 1], [2, 2]], [[1, 1]]]]}
+    tasks[4] |= square(NAN)  # of one of the images that are left out
+    tasks[5] |= square(NAN)  # of another split
+    path.write_text(json.dumps(tasks))
+    assert PhraseCut(official, "test")[2].mask.all()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from([20, 7, "test"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(where=st.lists(st.integers(0, 6), max_size=7), value=JSON, table=st.booleans())
+def test_odd_values_give_samples_or_one_error(official, where, value, table):
+    """Any value at any place of the annotations."""
+    path = official / ("image_data_split3000.json" if table else "refer_test.json")
+    sound = path.read_bytes()
+    content = parent = json.loads(sound)
+    try:
+        for step in where or [0]:
+            keys = list(parent) if isinstance(parent, dict) else range(len(parent))
+            if not keys:
+                break
+            place, key = parent, keys[step % len(keys)]
+            parent = parent[key]
+            if not isinstance(parent, dict | list):
+                break
+        place[key] = value
+        path.write_text(json.dumps(content))
+        dataset = PhraseCut(official, "test")
+        for i in range(len(dataset)):
+            sample = dataset[i]
+            assert sample.mask.shape == sample.image.shape[:2]
+            dataset.may_show(sample.image_id, "dog")
+    except InputError as error:
+        assert "\n" not in str(error)
+    finally:
+        path.write_bytes(sound)
+
+
+def web_page(path):
+    path.write_bytes(b"\n<!DOCTYPE html><title>503 Service Unavailable</title>")
+
+
+DAMAGED_IMAGES = [
+    (lambda path: Image.new("RGB", (9, 6)).save(path), r"picture of another size.*9 x 6 pixels, annotated as 8 x 6"),
+    (lambda path: path.write_bytes(path.read_bytes()[:400]), "unreadable picture"),
+    (lambda path: path.write_bytes(b""), r"file that is no picture.*empty"),
+    (web_page, "web page in place of a picture"),
+    (Path.unlink, "missing picture"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGED_IMAGES)
+def test_damaged_images(official, damage, message):
     dataset = PhraseCut(official, "test")
-    path = official / "images" / "20.jpg"
-    Image.new("RGB", (9, 6)).save(path)
-    with pytest.raises(InputError, match=r"9 x 6 pixels, image_data_split3000.json says 8 x 6"):
+    damage(official / "images" / "20.jpg")
+    with pytest.raises(InputError, match=message) as error:
         dataset[2]
-    path.write_bytes(path.read_bytes()[:400])
-    with pytest.raises(InputError, match=r"20.jpg' cannot be read"):
-        dataset[2]
-    path.unlink()
-    with pytest.raises(InputError, match=r"20.jpg' is missing"):
-        dataset[2]
+    assert "images/20.jpg'" in str(error.value)
+    assert "clipseg-repro data check phrasecut" in str(error.value)
+
+
+def test_pictures_are_checked_by_their_headers(official):
+    dataset = PhraseCut(official, "test")
+    dataset.check_pictures()
+    web_page(official / "images" / "20.jpg")
+    (official / "images" / "7.jpg").unlink()
+    with pytest.raises(InputError, match=r"missing picture: 7.jpg; web page in place of a picture: 20.jpg"):
+        dataset.check_pictures()
+
+
+# The check of a whole folder
+
+
+@pytest.fixture
+def whole(official, monkeypatch):
+    """The official layout with all its splits, under the name of the official script; its counts taken as official."""
+    (official / "image_data_split3000.json").rename(official / "image_data_split.json")
+    for split in ("train", "val", "miniv"):
+        shutil.copy(official / "refer_test.json", official / f"refer_{split}.json")
+    monkeypatch.setattr(phrasecut_files, "COUNTS", {split: [(6, 4)] for split in phrasecut_files.SPLITS})
+    return official
+
+
+def test_a_whole_folder_is_all_right(whole):
+    counts, problems = check(whole.parent)
+    assert problems.lines() == []
+    assert counts == dict.fromkeys(("train", "val", "test", "miniv"), (6, 4))
+    assert PhraseCut(whole, "test").phrases == ["dog", "black dog", "black dog", "dog left of the wheel"]
+
+
+def test_check_lists_all_problems_at_once(whole, monkeypatch):
+    for image_id, damage in ((7, web_page), (20, Path.unlink)):
+        damage(whole / "images" / f"{image_id}.jpg")
+    (whole / "refer_val.json").unlink()
+    tasks = json.loads((whole / "refer_train.json").read_text())
+    (whole / "refer_train.json").write_text(json.dumps(tasks[1:]))
+    monkeypatch.setattr(phrasecut_files, "COUNTS", phrasecut_files.COUNTS | {"train": [(7, 4), (8, 4)]})
+    _, problems = check(whole)
+    assert problems.lines() == [
+        "refer_train.json: not the official number of entries: 5 phrases on 4 images, official 7 phrases on 4 images",
+        "missing file: refer_val.json",
+        "web page in place of a picture: 7.jpg (an error message of the server that it was fetched from)",
+        "missing picture: 20.jpg",
+    ]
+    assert len(problems) == 4
+
+
+def test_official_counts():
+    """Table in the README of ChenyunWu/PhraseCutDataset: miniv is a part of val there, its file is not of val's."""
+    first = {split: counts[0] for split, counts in phrasecut_files.COUNTS.items()}
+    assert [sum(first[s][k] for s in ("train", "val", "test")) for k in (0, 1)] == [345_486, 77_262]
+    phrases, images = first["miniv"]
+    assert phrasecut_files.COUNTS["val"][1] == (first["val"][0] - phrases, first["val"][1] - images)
 
 
 # PhraseCut+
@@ -349,9 +564,9 @@ def test_crops_hold_the_object():
 
 
 def test_wrong_settings(many):
-    for settings in ({"negative": 1.2}, {"text_weight": (0.6, 0.5)}, {"text_weight": (0, 2)}):
-        with pytest.raises(InputError, match=next(iter(settings))):
-            PhraseCutPlus(many, **settings)
+    for wrong in ({"negative": 1.2}, {"text_weight": (0.6, 0.5)}, {"text_weight": (0, 2)}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            PhraseCutPlus(many, **wrong)
 
 
 def test_too_few_phrases(official):

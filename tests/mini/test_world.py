@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -19,6 +20,7 @@ from skimage.draw import polygon2mask
 
 from clipseg_repro.datasets.phrasecut import rasterise
 from clipseg_repro.errors import InputError
+from clipseg_repro.files import alone
 from clipseg_repro.mini import export
 from clipseg_repro.mini.phrases import PROPERTY_FORMS, Phrase
 from clipseg_repro.mini.scenes import MIN_VISIBLE, Scene, SceneObject, SceneRules, compose
@@ -49,6 +51,13 @@ SPLITS = {"train": 70, "test": 40}
 def built(tmp_path_factory):
     """A small build, made in one process without interruption."""
     return export.build(tmp_path_factory.mktemp("mini"), seed=3, workers=1, splits=SPLITS)
+
+
+LEFT = [".VGPhraseCut_v0.lock", "VGPhraseCut_v0"]  # of a finished build, beside nothing else
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def contents(folder):
@@ -268,14 +277,94 @@ def test_another_seed_replaces_and_the_same_one_does_nothing(built, tmp_path, mo
     shutil.copytree(built.parent, root)
     other = export.build(root, seed=4, workers=1, splits={"val": 3})
     assert contents(other) != contents(built)
-    assert sorted(p.name for p in root.iterdir()) == ["VGPhraseCut_v0"]
+    assert names(root) == LEFT
     assert not (other / "refer_train.json").exists()
     monkeypatch.setattr(export, "compose", lambda *_: pytest.fail("composed again"))
     assert export.build(root, seed=4, workers=1, splits={"val": 3}) == other
-    # an incomplete one is not taken as whole
-    next((other / "images").iterdir()).unlink()
-    monkeypatch.undo()
-    assert len(list((export.build(root, 4, 1, {"val": 3}) / "images").iterdir())) == 3
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A build of five chunks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "CHUNK", 2)
+        return export.build(tmp_path_factory.mktemp("small"), workers=1, splits={"train": 5, "val": 3})
+
+
+IMAGE = f"images/{export.IDS_PER_SPLIT + 3}.jpg"
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def damage(what, name):
+    return lambda folder: what(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("broken", "drawn"),  # how many scenes must be drawn again
+    [
+        (damage(cut, "refer_val.json"), 0),
+        (damage(flip, "refer_train.json"), 0),
+        (damage(cut, "image_data_split3000.json"), 0),
+        (damage(Path.unlink, "names.json"), 0),
+        (damage(Path.unlink, "refer_val.json"), 0),
+        (damage(cut, IMAGE), 2),
+        (damage(flip, IMAGE), 2),
+        (damage(Path.unlink, IMAGE), 2),
+        (damage(cut, "build/train_000004.json"), 1),
+        (damage(shutil.rmtree, "images"), 8),
+        (damage(cut, "manifest.json"), 8),
+        (damage(Path.unlink, "manifest.json"), 8),
+        (damage(cut, "build/checksums.json"), 8),
+        (lambda folder: (folder.parent / ".VGPhraseCut_v0.old").mkdir(), 0),
+        (lambda folder: (folder / ".names.json.999999999.tmp").touch() or (folder / "names.json").unlink(), 0),
+    ],
+)
+def test_damage_is_repaired_to_the_same_bytes(small, tmp_path, monkeypatch, broken, drawn):
+    root = tmp_path / "copy"
+    shutil.copytree(small.parent, root)
+    broken(root / small.name)
+    again, real = [], export.draw
+    monkeypatch.setattr(export, "CHUNK", 2)
+    monkeypatch.setattr(export, "draw", lambda *a: again.append(a) or real(*a))
+    assert contents(export.build(root, workers=1, splits={"train": 5, "val": 3})) == contents(small)
+    assert len(again) == drawn
+    assert names(root) == LEFT
+
+
+def test_a_damaged_chunk_of_a_killed_build_is_written_again(small, tmp_path, monkeypatch):
+    shutil.copytree(small, tmp_path / ".VGPhraseCut_v0.partial")
+    cut(tmp_path / ".VGPhraseCut_v0.partial" / "build" / "val_000000.json")
+    monkeypatch.setattr(export, "CHUNK", 2)
+    assert contents(export.build(tmp_path, workers=1, splits={"train": 5, "val": 3})) == contents(small)
+
+
+def test_the_data_do_not_depend_on_time_or_place(small):
+    """provenance.json tells data apart by the JSON files of the folder: they must be the same on every machine."""
+    assert set(json.loads((small / "manifest.json").read_text())) == {"seed", "scenes", "sources"}
+    assert {p.name for p in small.glob("*.json")} == {
+        *("manifest.json", "names.json", "image_data_split3000.json", "refer_train.json", "refer_val.json")
+    }
+
+
+def test_two_builds_at_once(small, tmp_path):
+    """The second waits for the first, says so, and finds the work done."""
+    code = f"from clipseg_repro.mini.export import build; build({str(tmp_path)!r}, workers=1, splits={{'val': 3}})"
+    command = [sys.executable, "-c", code]
+    with alone(tmp_path / ".VGPhraseCut_v0.lock", "building"):
+        second = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert f"Process {os.getpid()} is building the data in '{tmp_path}': waiting" in second.stderr.readline()
+        assert not (tmp_path / "VGPhraseCut_v0").exists()
+    assert "Error" not in second.communicate()[1]
+    assert (tmp_path / "VGPhraseCut_v0" / "refer_val.json").exists()
 
 
 def test_interrupted_build_goes_on(built, tmp_path, monkeypatch):
@@ -297,14 +386,14 @@ def test_interrupted_build_goes_on(built, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "draw", lambda *a: composed.append(a[1:]) or real(*a))
     assert contents(export.build(tmp_path, seed=3, workers=1, splits=SPLITS)) == contents(built)
     assert ("train", 0) not in composed  # the finished chunk was kept
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["VGPhraseCut_v0"]
+    assert names(tmp_path) == LEFT
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 def test_killed_build_goes_on(built, tmp_path):
     code = f"from clipseg_repro.mini.export import build; build({str(tmp_path)!r}, 3, 1, {SPLITS})"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    chunk = tmp_path / ".VGPhraseCut_v0.partial" / "chunks" / "train_000000.json"
+    chunk = tmp_path / ".VGPhraseCut_v0.partial" / "build" / "train_000000.json"
     deadline = time.monotonic() + 120
     while not chunk.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)

@@ -18,5 +18,10 @@ def test_scales(tmp_path, monkeypatch):
     assert len({get_scale(name).results for name in SCALES}) == len(SCALES), "one scale would overwrite the other's"
     with pytest.raises(InputError, match="unknown scale 'large': choose one of mini, paper"):
         get_scale("large")
-    with pytest.raises(InputError, match=r"no PhraseCut data in .*data/README.md"):
-        get_scale("paper").prepare()
+    (tmp_path / "data/PhraseCut/VGPhraseCut_v0/images").mkdir(parents=True)
+    present = {"images/1.jpg": "images/<image_id>", "refer_test.json": "refer_", "image_data_split.json": "split3000"}
+    for file, named in present.items():  # data of one split are enough
+        with pytest.raises(InputError, match=rf"no PhraseCut data in .*missing: .*{named}.*data/README.md"):
+            get_scale("paper").prepare()
+        (tmp_path / "data/PhraseCut/VGPhraseCut_v0" / file).touch()
+    get_scale("paper").prepare()
