@@ -179,7 +179,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, val, test or miniv.")] = "test",
     prompts: Annotated[Prompts, typer.Option(help="Ask by the phrase, or by an example of the same phrase.")] = "text",
 ):
-    """Measure a model on PhraseCut, as in the paper's Table 3."""
+    """Measure a model on PhraseCut, as in the paper's Table 3. Goes on where it was stopped."""
     from clipseg_repro import load_segmenter
     from clipseg_repro.datasets.phrasecut import PhraseCut
     from clipseg_repro.evaluation import phrasecut
@@ -187,7 +187,8 @@ def evaluate(
     chosen = get_scale(scale)
     chosen.prepare()
     segmenter = load_segmenter(source or chosen.model, dtype="float32")
-    result = phrasecut(segmenter, PhraseCut(chosen.phrasecut, split), prompts=prompts)
+    dataset = PhraseCut(chosen.phrasecut, split)
+    result = phrasecut(segmenter, dataset, prompts=prompts, keep=chosen.results / "unfinished")
     typer.echo(result.table().round(3).to_string(index=False))
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from skimage.draw import polygon2mask
 
 from clipseg_repro.datasets.sample import Sample
-from clipseg_repro.errors import InputError
+from clipseg_repro.errors import InputError, listed
 from clipseg_repro.prompts import TRAIN_TEMPLATES, VisualPrompt
 
 SPLITS = ("train", "val", "test", "miniv")
@@ -120,6 +120,29 @@ class PhraseCut:
         Known from `names.json` where the data have one (the mini world), else from the phrases about the image.
         """
         return any(n == name or n.endswith(f" {name}") for n in self._names[image_id])
+
+    def check_images(self):
+        """Raise InputError for all images of the split that are missing, unreadable or of another size than stated.
+
+        Only their headers are read: what is damaged further on shows when the image is used."""
+        problems = []
+        for image_id, (height, width) in self._sizes.items():
+            path = self.folder / "images" / f"{image_id}.jpg"
+            try:
+                with Image.open(path) as picture:
+                    if picture.size != (width, height):
+                        problems.append(
+                            f"'{path}' is {picture.width} x {picture.height} pixels, not {width} x {height}"
+                        )
+            except FileNotFoundError:
+                problems.append(f"'{path}' is missing")
+            except (OSError, SyntaxError, ValueError) as error:
+                problems.append(f"'{path}' cannot be read ({error})")
+        if problems:
+            raise InputError(
+                f"{len(problems)} of {len(self._sizes)} images of split '{self.split}' are bad: build or download them "
+                f"again: {listed(problems)}"
+            )
 
     def _names_by_image(self) -> dict[int, list[str]]:
         if (self.folder / "names.json").exists():
