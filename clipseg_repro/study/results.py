@@ -21,12 +21,8 @@ from clipseg_repro.study.scales import Scale
 
 DIGITS = 3  # decimals kept: results must come out the same on another machine
 BOOK = "provenance.json"
-MADE_FROM = (
-    "scale",
-    "seed",
-    "model",
-    "data",
-)  # of an entry: another value makes another result, whatever its bytes are
+# Of an entry: with another value it is another result, even if the file comes out the same.
+MADE_FROM = ("scale", "seed", "model", "data")
 PACKAGE = Path(clipseg_repro.__file__).parent
 _fingerprint = lru_cache(fingerprint)  # of hundreds of megabytes at the paper's scale
 
@@ -59,8 +55,8 @@ def save_figure(figure, name: str, scale: Scale):
 def record(path: Path, scale: Scale, **more):
     """Enter a file of the results folder in provenance.json, by its path there; entries whose file is gone leave it.
 
-    A file that comes out byte for byte as recorded, of the same model and data, keeps its record: the run named there did
-    produce it.
+    A file that comes out byte for byte as recorded, from the same model and data, keeps its record: the run named there
+    did produce it.
     """
     entries = recorded(scale)
     key = Path(path).relative_to(scale.results).as_posix()
@@ -83,7 +79,7 @@ def recorded(scale: Scale) -> dict[str, dict]:
             raise ValueError("an entry is no object")
     except (ValueError, AttributeError) as error:
         raise InputError(
-            f"'{book}' is damaged ({error}): restore it, or remove it and run clipseg-repro reproduce, which writes it anew"
+            f"'{book}' is damaged ({error}): restore it, or remove it and run clipseg-repro reproduce to write it anew"
         ) from None
     return entries
 
