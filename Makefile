@@ -5,6 +5,9 @@ TEST_RESULTS := .cache/test-results
 
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
+# Jupyter's tools look here for kernels first: another environment's may have the same name.
+export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
+
 .PHONY: setup reproduce test lab notebooks
 
 setup: .venv/installed

@@ -202,17 +202,16 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, val, test or miniv.")] = "test",
     prompts: Annotated[Prompts, typer.Option(help="Ask by the phrase, or by an example of the same phrase.")] = "text",
 ):
-    """Measure a model on PhraseCut, as in the paper's Table 3."""
+    """Measure a model on PhraseCut, as in the paper's Table 3. Goes on where it was stopped."""
     from clipseg_repro import load_segmenter
     from clipseg_repro.datasets.phrasecut import PhraseCut
     from clipseg_repro.evaluation import phrasecut
 
     chosen = get_scale(scale)
     chosen.prepare()
-    dataset = PhraseCut(chosen.phrasecut, split)
-    dataset.check_pictures()  # before the long part
     segmenter = load_segmenter(source or chosen.model, dtype="float32")
-    result = phrasecut(segmenter, dataset, prompts=prompts)
+    dataset = PhraseCut(chosen.phrasecut, split)
+    result = phrasecut(segmenter, dataset, prompts=prompts, keep=chosen.results / "unfinished")
     typer.echo(result.table().round(3).to_string(index=False))
 
 

@@ -1,4 +1,4 @@
-"""The one error that bad input raises."""
+"""The one error that bad input raises, and many of them on one line."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,8 @@ class InputError(ValueError):
 
     def __init__(self, message):
         super().__init__(" ".join(str(message).splitlines()))  # a value named in it may have more
+
+def listed(problems, most=3) -> str:
+    """The first few of many problems, on one line."""
+    first, more = list(problems)[:most], len(problems) - most
+    return "; ".join(first) + (f"; and {more} more" if more > 0 else "")

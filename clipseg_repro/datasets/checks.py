@@ -17,9 +17,9 @@ from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from clipseg_repro.errors import InputError
+from clipseg_repro.pictures import MAX_PIXELS
 
 NAMED = 5  # things with the same fault, in a message
-MAX_PIXELS = 10**8  # of a picture; those of the benchmarks have at most some millions
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")  # what a picture of a benchmark may be, whatever its suffix says
 
 

@@ -1,23 +1,17 @@
 """The evaluation protocols of the paper's tables, one function each."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from copy import copy
 from dataclasses import dataclass, field
-from threading import Lock
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from tqdm.auto import tqdm
 
 from clipseg_repro.errors import InputError
 from clipseg_repro.evaluation.metrics import KEYS, SegmentationMetrics, bootstrap
+from clipseg_repro.evaluation.per_image import measure
 from clipseg_repro.prompts import DEFAULT_RECIPE, VisualPrompt, interpolate
 
 SIZE_BINS = {"small": (0.0, 0.04), "medium": (0.04, 0.12), "large": (0.12, 1.01)}  # share of the image's pixels
-WORKERS = 8  # at most, on a CPU: more wait for Python
 
 
 @dataclass
@@ -36,7 +30,7 @@ class PhraseCutResult:
     @property
     def counts(self) -> np.ndarray:
         """(N, 49, 4): the `threshold_counts` of every phrase."""
-        return self.exact.counts[: len(self.samples)].numpy()
+        return self.exact.counts.numpy()
 
     @property
     def released(self) -> SegmentationMetrics:
@@ -77,86 +71,70 @@ class PhraseCutResult:
 
 
 def phrasecut(
-    segmenter, dataset, prompts: str = "text", recipe: str = DEFAULT_RECIPE, weight: float = 0.5, template: str = "{}",
-    limit: int | None = None, seed: int = 0,
-) -> PhraseCutResult:  # fmt: skip
+    segmenter,
+    dataset,
+    prompts: str = "text",
+    recipe: str = DEFAULT_RECIPE,
+    weight: float = 0.5,
+    template: str = "{}",
+    limit: int | None = None,
+    seed: int = 0,
+    keep: Path | None = None,
+) -> PhraseCutResult:
     """Table 3 (and Table 9): every phrase of a PhraseCut split on its whole image.
 
     `prompts`: "text" (the bare phrase, put into `template`), "visual" (another sample of the same phrase, drawn with
     `seed`, as a visual prompt of `recipe`; phrases that occur once are left out) or "mixed" (`weight` of the visual).
-    `limit` takes the first images only.
+    `limit` takes the first images only. `keep`, and what bad images do: as in `per_image.measure`.
     """
     if prompts not in ("text", "visual", "mixed"):
         raise InputError(f"unknown prompts '{prompts}': choose text, visual or mixed")
-    images = list(dataset.by_image.items())[:limit]
-    phrases = sum(len(indices) for _, indices in images)
-    exact = SegmentationMetrics(num_groups=max(1, phrases), convention="exact")
-    counting = Lock()
+    images, supported = list(dataset.by_image)[:limit], set(dataset.supported)
+    asked = {image: [i for i in dataset.by_image[image] if prompts == "text" or i in supported] for image in images}
+    place = {i: n for n, i in enumerate(i for own in asked.values() for i in own)}
+    if not place:
+        raise InputError("no phrase to evaluate: the split is empty or, for visual prompts, no phrase occurs twice")
+    exact = SegmentationMetrics(num_groups=len(place), convention="exact")
 
-    def asked():
-        """(image id, its samples, the indices of those to ask for, their prompts), and how many came before these."""
-        before = 0
-        for image_id, indices in images:
-            samples, given = {i: dataset[i] for i in indices}, {}
-            for i, sample in samples.items():
-                prompt = template.format(sample.phrase)
-                if prompts != "text":
-                    support = dataset.visual_support(i, np.random.default_rng([seed, i]))
-                    if support is None:
-                        continue
-                    visual = VisualPrompt(support.image, support.mask == 1, recipe)
-                    prompt = visual if prompts == "visual" else interpolate(prompt, visual, weight)
-                given[i] = prompt
-            yield image_id, samples, given, before
-            before += len(given)
+    def prompt(i):
+        text = template.format(dataset.phrases[i])
+        if prompts == "text":
+            return text
+        support = dataset.visual_support(i, np.random.default_rng([seed, i]))
+        visual = VisualPrompt(support.image, support.mask == 1, recipe)
+        return visual if prompts == "visual" else interpolate(text, visual, weight)
 
-    def answered(image_id, samples, given, before):
-        """Rows of the table of samples."""
+    def read(image_id):
+        samples = {i: dataset[i] for i in dataset.by_image[image_id]} if asked[image_id] else {}
+        return samples, {i: prompt(i) for i in asked[image_id]}
+
+    def work(segmenter, samples, given):
         if not given:
-            return []
+            return [], None
         masks = {i: sample.mask == 1 for i, sample in samples.items()}
         objects = np.any(list(masks.values()), axis=0)
-        own = copy(segmenter)  # the threads share the model, not the image
-        own.set_image(next(iter(samples.values())).image)
-        probabilities = own.predict(list(given.values()))
-        with counting:
-            exact.update(probabilities, [samples[i].mask for i in given], range(before, before + len(given)))
+        segmenter.set_image(next(iter(samples.values())).image)
+        probabilities = segmenter.predict(list(given.values()))
         rows = []
         for i, probability in zip(given, probabilities, strict=True):
             mask, others = masks[i], objects & ~masks[i]
-            rows.append({
-                "index": i, "image_id": image_id, "phrase": samples[i].phrase,
-                "category": _category(dataset.structures[i]), "area": float(mask.mean()),
-                "on_target": float(probability[mask].mean()) if mask.any() else np.nan,
-                "on_others": float(probability[others].mean()) if others.any() else np.nan,
-            })  # fmt: skip
-        return rows
+            rows.append(
+                {
+                    "index": i,
+                    "image_id": samples[i].image_id,
+                    "phrase": samples[i].phrase,
+                    "category": _category(dataset.structures[i]),
+                    "area": float(mask.mean()),
+                    "on_target": float(probability[mask].mean()) if mask.any() else np.nan,
+                    "on_others": float(probability[others].mean()) if others.any() else np.nan,
+                }
+            )
+        return rows, (probabilities, [samples[i].mask for i in given], [place[i] for i in given])
 
-    answers = _in_parallel(answered, asked(), segmenter.device)
-    progress = tqdm(answers, f"PhraseCut, {prompts} prompts", len(images), unit="image", mininterval=1)
-    rows = [row for rows in progress for row in rows]
-    if not rows:
-        raise InputError("no phrase to evaluate: the split is empty or, for visual prompts, no phrase occurs twice")
+    settings = {"phrases": dataset.phrases, "recipe": recipe, "weight": weight, "template": template, "seed": seed}
+    label = f"PhraseCut, {prompts} prompts"
+    rows = measure(segmenter, dataset, images, read, work, label, exact, keep, settings)
     return PhraseCutResult(prompts, pd.DataFrame(rows), exact)
-
-
-def _in_parallel(work: Callable, tasks: Iterable[tuple], device: torch.device) -> Iterator:
-    """work(*task) of every task, in order, by a few threads. They share the CPU's cores, which one image alone does not
-    keep busy; the caller's thread meanwhile goes through `tasks`, a few ahead of the results."""
-    cores = torch.get_num_threads()
-    workers = min(cores, WORKERS) if device.type == "cpu" else 2
-    threads = max(1, cores // workers)
-    pending = deque()
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-            for task in tasks:
-                pending.append(pool.submit(work, *task))
-                if len(pending) > workers:
-                    yield pending.popleft().result()
-            for result in pending:
-                yield result.result()
-    finally:
-        torch.set_num_threads(cores)  # which is one number for the process
 
 
 def _category(structure: dict) -> str:
@@ -173,14 +151,19 @@ def absent_phrases(segmenter, dataset, per_image: int = 3, limit: int | None = N
     Columns: image_id, phrase, area (share of the image with p > 0.5), highest (largest probability).
     """
     names = sorted({structure["name"] for structure in dataset.structures})
-    rows = []
-    images = list(dataset.by_image.items())[:limit]
-    for image_id, indices in tqdm(images, desc="PhraseCut, absent objects", unit="image", mininterval=1):
+
+    def read(image_id):
         absent = [name for name in names if not dataset.may_show(image_id, name)]
         chosen = np.random.default_rng([seed, image_id]).choice(absent, min(per_image, len(absent)), replace=False)
-        phrases = [str(name) for name in chosen]
-        segmenter.set_image(dataset[indices[0]].image)
+        return image_id, dataset[dataset.by_image[image_id][0]].image, [str(name) for name in chosen]
+
+    def work(segmenter, image_id, image, phrases):
+        segmenter.set_image(image)
+        rows = []
         for phrase, probability in zip(phrases, segmenter.predict(phrases), strict=True):
             area = float((probability > 0.5).mean())
             rows.append({"image_id": image_id, "phrase": phrase, "area": area, "highest": float(probability.max())})
-    return pd.DataFrame(rows)
+        return rows, None
+
+    images = list(dataset.by_image)[:limit]
+    return pd.DataFrame(measure(segmenter, dataset, images, read, work, "PhraseCut, absent objects"))

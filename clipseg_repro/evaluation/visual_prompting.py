@@ -3,9 +3,9 @@
 import numpy as np
 import pandas as pd
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from clipseg_repro.errors import InputError
+from clipseg_repro.evaluation.per_image import measure
 from clipseg_repro.prompts import RECIPES, TEST_TEMPLATE, VisualPrompt
 
 FEWEST_NAMES = 3  # with fewer names to choose from, an image says little about a recipe: left out, as in the paper
@@ -43,18 +43,21 @@ def visual_prompt_gain(segmenter, dataset, recipes=tuple(RECIPES), limit: int | 
     image: image_id, target, names (how many), original, and a column per recipe, probabilities in [0, 1]. Table 2's
     figure is the mean of `recipe - original`, in percent.
     """
-    rows = []
-    for image_id, indices in tqdm(list(dataset.by_image.items())[:limit], desc="visual prompts", unit="image"):
-        things = named_things(dataset, image_id)
+
+    def read(image_id):
+        return image_id, named_things(dataset, image_id), dataset[dataset.by_image[image_id][0]].image
+
+    def work(segmenter, image_id, things, image):
         if len(things) < FEWEST_NAMES:
-            continue
+            return [], None
         names = list(things)
         target = int(np.random.default_rng([seed, image_id]).integers(len(names)))
-        image = dataset[indices[0]].image
         prompts = [whole_image(image), *(VisualPrompt(image, things[names[target]], recipe) for recipe in recipes)]
         found = name_probabilities(segmenter, prompts, names)[:, target].tolist()
         row = {"image_id": image_id, "target": names[target], "names": len(names)}
-        rows.append(row | dict(zip(["original", *recipes], found, strict=True)))
+        return [row | dict(zip(["original", *recipes], found, strict=True))], None
+
+    rows = measure(segmenter, dataset, list(dataset.by_image)[:limit], read, work, "visual prompts")
     if not rows:
         raise InputError(f"no image has {FEWEST_NAMES} names: take another split or a larger `limit`")
     return pd.DataFrame(rows)

@@ -1,6 +1,5 @@
 """Results as files: tables, figures, and provenance.json, which says where each came from."""
 
-import hashlib
 import json
 import os
 import platform
@@ -16,12 +15,16 @@ from huggingface_hub import try_to_load_from_cache
 
 import clipseg_repro
 from clipseg_repro.errors import InputError
-from clipseg_repro.files import sha256, written_whole
-from clipseg_repro.models.loading import MINI
+from clipseg_repro.files import fingerprint, sha256, written_whole
+from clipseg_repro.models.loading import MINI, REVISIONS
 from clipseg_repro.study.scales import Scale
 
 DIGITS = 3  # decimals kept: results must come out the same on another machine
+BOOK = "provenance.json"
+# Of an entry: with another value it is another result, even if the file comes out the same.
+MADE_FROM = ("scale", "seed", "model", "data")
 PACKAGE = Path(clipseg_repro.__file__).parent
+_fingerprint = lru_cache(fingerprint)  # of hundreds of megabytes at the paper's scale
 
 
 def save_table(frame: pd.DataFrame, name: str, caption: str, scale: Scale) -> pd.DataFrame:
@@ -50,21 +53,35 @@ def save_figure(figure, name: str, scale: Scale):
 
 
 def record(path: Path, scale: Scale, **more):
-    """Enter a file of the results folder in provenance.json, by its path there.
+    """Enter a file of the results folder in provenance.json, by its path there; entries whose file is gone leave it.
 
-    A file that came out byte for byte as it is recorded keeps its record: the run named there did produce it.
+    A file that comes out byte for byte as recorded, from the same model and data, keeps its record: the run named there
+    did produce it.
     """
-    book = scale.results / "provenance.json"
-    entries = json.loads(book.read_text(encoding="utf-8")) if book.exists() else {}
+    entries = recorded(scale)
     key = Path(path).relative_to(scale.results).as_posix()
-    checksum = sha256(path)
+    entry = {"sha256": sha256(path)} | more | provenance(scale)
     known = entries.get(key, {})
-    if known.get("sha256") == checksum and {k: known.get(k) for k in more} == more:
+    if all(known.get(name) == entry[name] for name in ("sha256", *more, *MADE_FROM)):
         return
-    entries[key] = {"sha256": checksum} | more | provenance(scale)
-    with written_whole(book) as temporary:
+    entries = {name: old for name, old in entries.items() if (scale.results / name).exists()} | {key: entry}
+    with written_whole(scale.results / BOOK) as temporary:
         text = json.dumps(entries, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def recorded(scale: Scale) -> dict[str, dict]:
+    """The entries of provenance.json by the file's path in the results folder. Raises InputError if it is damaged."""
+    book = scale.results / BOOK
+    try:
+        entries = json.loads(book.read_bytes()) if book.exists() else {}
+        if not all(isinstance(entry, dict) for entry in entries.values()):
+            raise ValueError("an entry is no object")
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            f"'{book}' is damaged ({error}): restore it, or remove it and run clipseg-repro reproduce to write it anew"
+        ) from None
+    return entries
 
 
 def provenance(scale: Scale) -> dict:
@@ -108,16 +125,8 @@ def _weights_checksum(source):
     if source == "mini" or Path(source).is_dir():
         path = (MINI if source == "mini" else Path(source)) / "model.safetensors"
     else:
-        path = try_to_load_from_cache(source, "model.safetensors")
+        path = try_to_load_from_cache(source, "model.safetensors", revision=REVISIONS.get(source))
     return sha256(path) if isinstance(path, (str, Path)) and os.path.exists(path) else None
-
-
-@lru_cache
-def _fingerprint(folder):
-    """SHA-256 over the annotation files of a data set (its images follow from them); None if there are none."""
-    files = sorted(folder.glob("*.json"))
-    together = "".join(f"{path.name} {sha256(path)}\n" for path in files)
-    return hashlib.sha256(together.encode()).hexdigest() if files else None
 
 
 @lru_cache

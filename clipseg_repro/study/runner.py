@@ -9,11 +9,13 @@ from pathlib import Path
 
 import nbformat
 from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpecManager
 from nbclient.exceptions import DeadKernelError
 from tqdm.auto import tqdm
 
 from clipseg_repro.errors import InputError
-from clipseg_repro.study.results import PACKAGE, sha256
+from clipseg_repro.files import sha256
+from clipseg_repro.study.results import PACKAGE, recorded
 from clipseg_repro.study.scales import Scale, get_scale, project_root
 
 
@@ -44,7 +46,9 @@ def reproduce(only=(), scale: str = "mini", resume: bool = True) -> list[Path]:
 
     Notebooks write tables and figures to results/ themselves; here executed copies go to results/executed and what
     they print to results/logs. With `resume`, a notebook that has run is not run again unless it, the package or the
-    scale has changed since. Raises NotebookFailed, or InputError if results/ cannot be written.
+    scale has changed since, or one of its tables and figures is no longer there as it was written and recorded. The
+    kernel is this interpreter's, whatever kernels are installed. Raises NotebookFailed, or InputError if results/
+    cannot be written or its provenance.json is damaged.
     """
     chosen, scale = notebooks(only), get_scale(scale)
     executed, logs = scale.results / "executed", scale.results / "logs"
@@ -52,12 +56,13 @@ def reproduce(only=(), scale: str = "mini", resume: bool = True) -> list[Path]:
         for folder in (executed, logs):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()  # fail before the first notebook, not after it
+        entries = recorded(scale)
         scale.prepare()
         copies = []
         for number, path in enumerate(chosen, start=1):
             copy, key = executed / path.name, _key(path, scale)
             label = f"[{number}/{len(chosen)}] {path.stem}"
-            if resume and _finished(copy) == key:
+            if resume and _finished(copy, key, scale, entries):
                 tqdm.write(f"{label}: already done")
             else:
                 _run(path, copy, logs / f"{path.stem}.log", scale, key, label)
@@ -75,19 +80,23 @@ def _run(path, copy, log, scale, key, label):
     from papermill import execute_notebook  # slow to import
     from papermill.exceptions import PapermillExecutionError
 
-    partial = copy.with_suffix(".partial.ipynb")
+    partial, before = copy.with_suffix(".partial.ipynb"), _written(scale)
     try:
         with open(log, "w", encoding="utf-8") as output:
 
-            class Kernel(AsyncKernelManager):  # what the kernel says itself, as on Ctrl-C, goes to the log too
-                async def start_kernel(self, **options):
+            class Kernel(AsyncKernelManager):
+                @property
+                def kernel_spec(self):  # not what Jupyter finds under that name in its folders
+                    return KernelSpecManager(kernel_dirs=[]).get_kernel_spec(NATIVE_KERNEL_NAME)
+
+                async def start_kernel(self, **options):  # what it says itself, as on Ctrl-C, goes to the log too
                     return await super().start_kernel(stdout=output, stderr=output, **options)
 
             notebook = execute_notebook(
                 path,
                 partial,
                 parameters={"SCALE": scale.name},
-                kernel_name="python3",
+                kernel_name=NATIVE_KERNEL_NAME,
                 language="python",
                 kernel_manager_class=Kernel,
                 cwd=path.parent,
@@ -105,7 +114,9 @@ def _run(path, copy, log, scale, key, label):
             f"{path.name}: its kernel died, as when memory runs out. What had run is in {partial}; "
             "close other programs and run the same command to go on from this notebook."
         ) from error
-    notebook.metadata["clipseg_repro"] = key
+    made = (path for path, time in _written(scale).items() if before.get(path) != time)
+    results = {path.relative_to(scale.results).as_posix(): sha256(path) for path in made}
+    notebook.metadata["clipseg_repro"] = {"key": key, "results": results}
     nbformat.write(notebook, partial)
     partial.replace(copy)
 
@@ -130,9 +141,20 @@ def _package_checksum():
     return hashlib.sha256("".join(f"{p.relative_to(PACKAGE)} {sha256(p)}\n" for p in files).encode()).hexdigest()
 
 
-def _finished(copy):
-    """The key under which an executed copy was completed, None if there is no such copy."""
+def _written(scale):
+    """When every table and figure was written last: what changes while a notebook runs is its work."""
+    files = [*(scale.results / "tables").glob("[!.]*"), *(scale.results / "figures").glob("[!.]*")]
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+def _finished(copy, key, scale, entries):
+    """Whether a copy was completed under that key, and its results are there as they were written and recorded."""
     try:
-        return nbformat.read(copy, as_version=4).metadata.get("clipseg_repro")
-    except (OSError, ValueError):
-        return None
+        done = nbformat.read(copy, as_version=4).metadata["clipseg_repro"]
+        return done["key"] == key and all(
+            sha256(scale.results / name) == checksum
+            and (name.endswith(".md") or entries[name]["sha256"] == checksum)  # recorded by its CSV
+            for name, checksum in done["results"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):  # no copy, or a half one; a file or its entry is gone
+        return False

@@ -32,6 +32,9 @@ class Annotated:
         for i, (image_id, *_) in enumerate(rows):
             self.by_image.setdefault(image_id, []).append(i)
 
+    def check_pictures(self):
+        pass
+
     def __getitem__(self, i):
         _, image, _, mask = self.rows[i]
         return SimpleNamespace(image=image, mask=mask.astype(np.uint8))

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,7 +13,9 @@ import pytest
 from PIL import Image
 
 from clipseg_repro.errors import InputError
-from clipseg_repro.study.results import provenance, record, save_figure, save_table
+from clipseg_repro.files import sha256
+from clipseg_repro.models.loading import MINI
+from clipseg_repro.study.results import provenance, record, recorded, save_figure, save_table
 from clipseg_repro.study.scales import SCALES
 
 
@@ -49,16 +53,68 @@ def test_provenance_holds_for_every_file_and_stays_while_the_file_does(scale, ti
     assert len(entry["data"]) == 64
     assert set(provenance(scale)) >= {"version", "commit", "dirty", "seed", "time", "python", "torch", "machine"}
 
-    other = replace(scale, seed=7)
-    save_table(pd.DataFrame({"a": [1]}), "one", "One.", other)
-    assert json.loads(book.read_text())["tables/one.csv"] == entry
-    save_table(pd.DataFrame({"a": [2]}), "one", "One.", other)
-    assert json.loads(book.read_text())["tables/one.csv"]["seed"] == 7
+    entry["time"] = "then"
+    book.write_text(json.dumps({"tables/one.csv": entry}))
+    save_table(pd.DataFrame({"a": [1]}), "one", "One.", scale)
+    assert recorded(scale)["tables/one.csv"] == entry
+    save_table(pd.DataFrame({"a": [2]}), "one", "One.", scale)
+    assert recorded(scale)["tables/one.csv"]["time"] != "then"
     curve = scale.results / "training" / "curve.csv"
     curve.parent.mkdir()
     curve.write_text("step\n")
     record(curve, scale)
-    assert set(json.loads(book.read_text())) == {"tables/one.csv", "training/curve.csv"}
+    assert set(recorded(scale)) == {"tables/one.csv", "training/curve.csv"}
+    (scale.results / "tables/one.csv").unlink()
+    save_table(pd.DataFrame({"a": [1]}), "two", "Two.", scale)
+    assert set(recorded(scale)) == {"tables/two.csv", "training/curve.csv"}
+
+
+def other_weights(scale, folder):
+    shutil.copytree(scale.model, folder / "other")
+    weights = folder / "other/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    return {"model": str(folder / "other")}
+
+
+def other_data(scale, folder):
+    shutil.copytree(scale.phrasecut, folder / "other")
+    (folder / "other/refer_test.json").write_text("[{}]")
+    return {"phrasecut": folder / "other"}
+
+
+@pytest.mark.parametrize("change", [other_weights, other_data, lambda *_: {"seed": 7}], ids=["model", "data", "seed"])
+def test_the_same_file_made_from_something_else_is_recorded_anew(scale, tmp_path, change):
+    save_table(pd.DataFrame({"a": [1]}), "one", "One.", scale)
+    before = recorded(scale)["tables/one.csv"]
+    other = replace(scale, **change(scale, tmp_path))
+    save_table(pd.DataFrame({"a": [1]}), "one", "One.", other)
+    after = recorded(scale)["tables/one.csv"]
+    assert after["sha256"] == before["sha256"]
+    made_from = ("seed", "model", "data")
+    assert [after[key] for key in made_from] == [provenance(other)[key] for key in made_from]
+    assert [after[key] for key in made_from] != [before[key] for key in made_from]
+
+
+@pytest.mark.parametrize("content", ["", '{"a": {}, ', "[]", '{"a": 1}', "\xff"])
+def test_damaged_provenance(scale, content):
+    scale.results.mkdir()
+    book = scale.results / "provenance.json"
+    book.write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError, match=r"provenance.json' is damaged \(.+\): restore it, or remove it and run"):
+        save_table(pd.DataFrame({"a": [1]}), "one", "One.", scale)
+    assert book.read_bytes() == content.encode("latin-1")
+
+
+def test_committed_results_are_the_shipped_models():
+    """After a change of weights, of the mini world or of a notebook: make reproduce, clipseg-repro bench, and commit."""
+    results = Path(__file__).parents[2] / "results"
+    entries = recorded(replace(SCALES["mini"], results=results))
+    made = [path for kind in ("tables/*.csv", "figures/*.png") for path in results.glob(kind)]
+    assert set(entries) == {path.relative_to(results).as_posix() for path in made}
+    assert [name for name, entry in entries.items() if sha256(results / name) != entry["sha256"]] == []
+    shipped = {"source": "mini", "sha256": sha256(MINI / "model.safetensors")}
+    assert [name for name, entry in entries.items() if entry["model"] != shipped] == []
+    assert len({entry["data"] for entry in entries.values()}) == 1
 
 
 def test_figure_is_the_same_bytes_each_time(scale):

@@ -1,6 +1,7 @@
 """The study runs tiny notebooks in a project made for the test."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client.kernelspec import KernelSpecManager
 
 from clipseg_repro.errors import InputError
 from clipseg_repro.study import runner
-from clipseg_repro.study.scales import Scale
+from clipseg_repro.study.results import recorded
+from clipseg_repro.study.scales import Scale, get_scale
 
 REPOSITORY = Path(__file__).parents[2]
 TRACE = "open('../trace', 'a').write('{} ' + SCALE + '\\n')"  # says who ran, and with which parameter
@@ -70,6 +73,65 @@ def test_failure_names_notebook_cell_and_error_and_the_next_run_goes_on_there(pr
     runner.reproduce()
     assert trace(project) == ["first mini", "mended mini"]
     assert not list((project / "results/executed").glob("*partial*"))
+
+
+RESULTS = """
+import hashlib, json, pathlib  # as study.results does, without torch
+results, made = pathlib.Path("../results"), {"tables/one.csv": b"a", "tables/one.md": b"| a |", "figures/line.png": b"b"}
+for name, content in made.items():
+    (results / name).parent.mkdir(exist_ok=True)
+    (results / name).write_bytes(content)
+entries = {n: {"sha256": hashlib.sha256(c).hexdigest()} for n, c in made.items() if not n.endswith(".md")}
+(results / "provenance.json").write_text(json.dumps(entries))
+"""
+
+
+def test_a_notebook_is_done_while_its_results_are_there_as_it_wrote_them(project):
+    write_notebook(project / "notebooks" / "00_first.ipynb", RESULTS, TRACE.format("first"))
+    runner.reproduce()
+    results = project / "results"
+    made = ["figures/line.png", "provenance.json", "tables/one.csv", "tables/one.md"]
+    written = {name: (results / name).read_bytes() for name in made}
+    runner.reproduce()
+    assert trace(project) == ["first mini", "second mini"]
+
+    (copy,) = (results / "executed").glob("00*")
+    scale = get_scale("mini")
+    key = runner._key(project / "notebooks" / "00_first.ipynb", scale)
+    assert runner._finished(copy, key, scale, recorded(scale))
+    for name in made:
+        for damage in (Path.unlink, lambda path: path.write_bytes(b"{}")):
+            damage(results / name)
+            assert not runner._finished(copy, key, scale, recorded(scale)), name
+            (results / name).write_bytes(written[name])
+
+    (results / made[0]).unlink()
+    (results / made[2]).write_text("edited")
+    (results / made[3]).unlink()
+    runner.reproduce()
+    assert trace(project)[2:] == ["first mini"]
+    assert {name: (results / name).read_bytes() for name in made} == written
+
+
+def test_damaged_provenance_stops_before_the_first_notebook(project):
+    (project / "results").mkdir()
+    (project / "results/provenance.json").write_text("{")
+    with pytest.raises(InputError, match=r"provenance.json' is damaged"):
+        runner.reproduce(resume=False)
+    assert not (project / "trace").exists()
+
+
+def test_the_kernel_is_this_interpreters(project, monkeypatch):
+    foreign = project / "foreign"
+    (foreign / "kernels/python3").mkdir(parents=True)
+    spec = {"argv": ["false", "{connection_file}"], "display_name": "Another environment's", "language": "python"}
+    (foreign / "kernels/python3/kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(foreign))
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(foreign))
+    assert KernelSpecManager().get_kernel_spec("python3").argv == spec["argv"]
+    write_notebook(project / "notebooks" / "00_first.ipynb", "import sys; print(sys.executable)")
+    runner.reproduce(only=["00"])
+    assert (project / "results/logs/00_first.log").read_text().splitlines()[-1] == sys.executable
 
 
 def test_ctrl_c_ends_cleanly_and_the_next_run_goes_on(project):
