@@ -14,8 +14,7 @@ from clipseg_repro.errors import InputError
 CHUNK = 1 << 13  # bytes; what is cut off within a chunk is fetched again
 TIMEOUT = 30  # seconds without an answer
 
-
-# How what circulates in place of weights and archives begins, and what it is.
+# How files begin that circulate in place of weights and archives, and what they are.
 FOREIGN = {
     rb"$": "empty",
     rb"version https://git-lfs": "a Git LFS pointer; `git lfs pull` in its repository gets the file itself",
@@ -25,8 +24,6 @@ FOREIGN = {
 
 def foreign_content(path):
     """What a file of weights, archive or JSON is, as "a web page", where its content tells that it cannot be one; else None."""
-    if path.suffix not in (".pth", ".bin", ".safetensors", ".zip", ".json") or not path.is_file():
-        return None
     with path.open("rb") as file:
         start = file.read(1 << 16)
     for beginning, name in FOREIGN.items():

@@ -25,7 +25,7 @@ SMALL = r"[\w.-]+\.(json|txt)"  # always fetched
 
 
 def is_id(name):
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name))
+    return bool(re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name))
 
 
 def storage(name):
@@ -67,14 +67,13 @@ def _complaint(name, cached, parts, error):
         where = f"is in the cache at commit {others[0].name}, not at {wanted}, which is the one to load"
         besides = f"give the folder '{others[0]}' as the model to use that commit"
     elif cached.is_dir():
-        where, besides = (
-            f"is only partly in the cache ('{cached}')",
-            "use 'mini'; files that have arrived whole are kept",
-        )
+        where, besides = f"is only partly in the cache ('{cached}')", "use 'mini'; whole files that arrived are kept"
     else:
         where, besides = f"is not in the cache {HF_HUB_CACHE}", "use 'mini', which needs no network"
-    if isinstance(error, HfHubHTTPError):
-        advice = "check the name" if isinstance(error, RepositoryNotFoundError) else "try again later"
+    if isinstance(error, (RepositoryNotFoundError, ValueError)):
+        advice = "check the name"
+    elif isinstance(error, HfHubHTTPError):
+        advice = "try again later"
     else:
         advice = "check the disk" if getattr(error, "errno", None) else "check the network"
     reason = (str(error).strip().splitlines() or [""])[0]

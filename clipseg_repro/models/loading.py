@@ -42,7 +42,7 @@ def load_model(source="mini", clip=CLIP, pretrained=True):
     or a `save_pretrained` folder of a CLIPModel and its tokenizer, gives the rest. It gives ViTSeg's text tower and RN50x4's tokenizer
     too, whose decoders are untrained; no other source reads it. `pretrained=False` keeps the architecture and draws all weights at random,
     the same in every call ("no CLIP pre-training" in the paper's Table 9). A model that is in the Hub's cache is not
-    fetched again. Raises InputError if a source is unknown, damaged or another architecture.
+    fetched again. Raises InputError if a source is unknown, damaged, not sound (see `soundness`) or another architecture.
     """
     if source == "mini" and not (MINI / "model.safetensors").is_file():
         raise InputError(
@@ -79,6 +79,7 @@ def _pretrained(read, source, kinds, *parts):
         folder, remedy = Path(name), "save or copy it again"
     elif is_id(name):
         with _quiet():
+            _kind(fetched(name, CONFIG), kinds)  # before the weights, which may be large and of no use
             folder = fetched(name, CONFIG, *parts)
         remedy = f"delete '{storage(name)}' and run the same command again, which fetches it"
     else:
@@ -94,7 +95,8 @@ def _pretrained(read, source, kinds, *parts):
     except InputError:
         raise
     except Exception as error:  # of many kinds: OSError, RuntimeError, SafetensorError, ValueError ...
-        strange = (f"{file.name} is {found}" for file in sorted(folder.iterdir()) if (found := foreign_content(file)))
+        files = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".safetensors", ".bin")]
+        strange = (f"{file.name} is {found}" for file in files if (found := foreign_content(file)))
         reason = next(strange, _reason(error))
         raise InputError(f"model folder '{folder}' is damaged or incomplete ({reason}): {remedy}") from error
 

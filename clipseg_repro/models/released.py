@@ -123,10 +123,7 @@ def _open(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds: UnpicklingError, RuntimeError, EOFError, OSError ...
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # the pickle names a function or class
-            raise InputError(
-                f"weights '{path}' would execute code when opened, so they were not: fetch the authors' files again "
-                "(clipseg-repro data weights)"
-            ) from None
+            raise InputError(f"weights '{path}' would execute code when opened, so they were not: {AGAIN}") from None
         reason = foreign_content(path) or type(error).__name__
         raise InputError(f"weights '{path}' are damaged or no .pth file ({reason}): {AGAIN}") from None
     table = isinstance(content, dict) and all(isinstance(key, str) for key in content)

@@ -16,7 +16,7 @@ def check_model(source, model, processor):
     vision, read = config.vision_config, list(config.extract_layers)
     depth = len(getattr(vision, "stages", ())) or vision.num_hidden_layers
     words, known = len(processor.tokenizer), config.text_config.vocab_size
-    size = input_size(pixels)
+    size = input_size(pixels) if pixels.size else 0
     statistics = _numbers(pixels.image_mean), _numbers(pixels.image_std)
     faulty = [
         name
@@ -41,7 +41,7 @@ def check_model(source, model, processor):
             "0: correct config.json",
         ),
         (
-            size > 0 and size % vision.patch_size == 0,
+            isinstance(size, int) and size > 0 and size % vision.patch_size == 0,
             f"input size {size} is no multiple of the patch size {vision.patch_size}: correct the processor",
         ),
         (

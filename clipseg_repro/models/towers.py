@@ -62,12 +62,7 @@ def read_tower(path):
                 return read(state, path)
             except InputError:
                 raise
-            except (
-                KeyError,
-                IndexError,
-                TypeError,
-                ValueError,
-            ) as error:  # what tells the sizes is missing or no such tensor
+            except (KeyError, IndexError, TypeError, ValueError) as error:  # of what tells the sizes
                 raise InputError(
                     f"weights '{path}' are incomplete: they lack what tells the sizes ({error}): {AGAIN}"
                 ) from None
