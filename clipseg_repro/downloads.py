@@ -40,11 +40,11 @@ def foreign_content(path):
     return None
 
 
-def download(url, path, otherwise="try again later"):
+def download(url, path, otherwise):
     """Fetch `url` to the file `path`, whose folder is made if missing.
 
     What has arrived is kept beside it as `<name>.part`; the next call asks the server for the rest. Raises InputError if
-    the server cannot be reached, refuses (then `otherwise` is the advice), or sends less than it announced.
+    the server cannot be reached, refuses, or sends less than it announced; `otherwise` advises what to do without the file.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.part")
@@ -60,7 +60,7 @@ def download(url, path, otherwise="try again later"):
             remedy = f"this address is dead or closed to you: {otherwise}"
         else:
             cause = "network" if isinstance(error, requests.RequestException) else "disk"
-            remedy = f"check the {cause}, then run the same command again"
+            remedy = f"check the {cause}, then run the same command again, or {otherwise}"
         raise InputError(f"cannot fetch {url} to '{path}' ({reason}): {remedy}; {kept} bytes are kept") from None
 
 

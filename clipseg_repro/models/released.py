@@ -28,7 +28,7 @@ ON_THE_HUB = (
     "give CIDAS/clipseg-rd64, CIDAS/clipseg-rd64-refined or CIDAS/clipseg-rd16 as the model, which are the same weights "
     "on the Hub"
 )
-AGAIN = f"fetch it again (clipseg-repro data weights), or {ON_THE_HUB}"
+AGAIN = f"fetch them again (clipseg-repro data weights), or {ON_THE_HUB}"
 
 EXTRACT_LAYERS = [3, 6, 9]  # of CLIP's blocks, counted from 0; the paper says 3, 7, 9
 HEADS = 4
@@ -154,9 +154,8 @@ def fetch_weights(folder):
         try:
             contents = _unpacked(archive)
         except Exception as error:  # of many kinds: BadZipFile, zlib.error, EOFError, RuntimeError, OSError ...
-            reason = (
-                error if isinstance(error, InputError) else f"it is {foreign_content(archive) or f'damaged ({error})'}"
-            )
+            damage = foreign_content(archive) or f"damaged ({error})"
+            reason = error if isinstance(error, InputError) else f"it is {damage}"
             archive.unlink()  # then the next run fetches it afresh
             raise InputError(
                 f"archive '{archive}' is not what the authors published at {ARCHIVE}: {reason}; nothing was extracted: run the "

@@ -86,7 +86,7 @@ def main(folder, cache):
     server.models, server.asked, server.cuts = {}, [], []
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
     address = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "NO_PROXY": "127.0.0.1"}
-    os.environ |= address | {"HF_HUB_CACHE": str(cache)}
+    os.environ |= address | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
 
     from huggingface_hub import constants, snapshot_download
 
