@@ -1,6 +1,9 @@
-"""Files from the web: whole or not at all, and resumed where they were stopped."""
+"""Files from the web: whole or not at all, and resumed where they were stopped. And what else may be in their place."""
 
+import codecs
 import os
+import re
+import zipfile
 from pathlib import Path
 
 import requests
@@ -11,12 +14,37 @@ from clipseg_repro.errors import InputError
 CHUNK = 1 << 13  # bytes; what is cut off within a chunk is fetched again
 TIMEOUT = 30  # seconds without an answer
 
+# How files begin that circulate in place of weights and archives, and what they are.
+FOREIGN = {
+    rb"$": "empty",
+    rb"version https://git-lfs": "a Git LFS pointer; `git lfs pull` in its repository gets the file itself",
+    rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)?<(!doctype|html|head|\?xml)": "a web page, as sites send for an error or a log-in",
+}
 
-def download(url, path):
+
+def foreign_content(path):
+    """What a file of weights, archive or JSON is, as "a web page", where its content tells that it cannot be one; else None."""
+    with path.open("rb") as file:
+        start = file.read(1 << 16)
+    for beginning, name in FOREIGN.items():
+        if re.match(beginning, start, re.IGNORECASE | re.DOTALL):
+            return name
+    if path.suffix not in (".json", ".safetensors"):  # which are text, at least in the beginning
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(start)
+            return "text, or was converted as if it were, which cannot be undone"
+        except UnicodeDecodeError:
+            pass
+    if start.startswith(b"PK") and not zipfile.is_zipfile(path):
+        return f"a zip archive cut off after {path.stat().st_size} bytes"
+    return None
+
+
+def download(url, path, otherwise):
     """Fetch `url` to the file `path`, whose folder is made if missing.
 
     What has arrived is kept beside it as `<name>.part`; the next call asks the server for the rest. Raises InputError if
-    the server cannot be reached, refuses, or sends less than it announced.
+    the server cannot be reached, refuses, or sends less than it announced; `otherwise` advises what to do without the file.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.part")
@@ -28,10 +56,12 @@ def download(url, path):
     except OSError as error:  # those of requests too
         kept = part.stat().st_size if part.is_file() else 0
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"cannot fetch {url} to '{path}' ({reason}): check the network and the disk, then run the same command "
-            f"again; {kept} bytes are kept"
-        ) from None
+        if isinstance(error, requests.HTTPError):
+            remedy = f"this address is dead or closed to you: {otherwise}"
+        else:
+            cause = "network" if isinstance(error, requests.RequestException) else "disk"
+            remedy = f"check the {cause}, then run the same command again, or {otherwise}"
+        raise InputError(f"cannot fetch {url} to '{path}' ({reason}): {remedy}; {kept} bytes are kept") from None
 
 
 def _append_rest(url, file, name):
@@ -41,12 +71,16 @@ def _append_rest(url, file, name):
         headers["Range"] = f"bytes={file.tell()}-"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         begins = response.headers.get("Content-Range", "").startswith(f"bytes {file.tell()}-")
-        if file.tell() and not (response.status_code == 206 and begins):
+        if file.tell() and response.status_code == 416:  # what we have is not a part of its file
+            file.truncate(0)
+            return _append_rest(url, file, name)
+        if not response.ok:
+            raise requests.HTTPError(f"{response.status_code} {response.reason}")
+        if response.headers.get("Content-Type", "").startswith("text/html"):
+            raise requests.HTTPError("a web page was sent in its place")
+        if not (response.status_code == 206 and begins):
+            file.truncate(0)  # this server does not resume
             file.seek(0)
-            file.truncate()  # this server does not resume, or what we have is not a part of its file
-            if response.status_code == 416:
-                return _append_rest(url, file, name)
-        response.raise_for_status()
         length = response.headers.get("Content-Length")
         total = file.tell() + int(length) if length else None
         with tqdm(total=total, initial=file.tell(), desc=name, unit="B", unit_scale=True, leave=False) as bar:
@@ -54,4 +88,4 @@ def _append_rest(url, file, name):
                 file.write(chunk)
                 bar.update(len(chunk))
         if total and file.tell() != total:
-            raise OSError(f"{file.tell()} bytes arrived, of {total}")
+            raise requests.ConnectionError(f"{file.tell()} bytes arrived, of {total}")

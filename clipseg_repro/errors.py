@@ -7,6 +7,7 @@ class InputError(ValueError):
     def __init__(self, message):
         super().__init__(" ".join(str(message).splitlines()))  # a value named in it may have more
 
+
 def listed(problems, most=3) -> str:
     """The first few of many problems, on one line."""
     first, more = list(problems)[:most], len(problems) - most

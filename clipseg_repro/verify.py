@@ -1,5 +1,6 @@
 """A known answer: what the released weights give on one picture, so that a download can be checked in one command."""
 
+import os
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -9,12 +10,14 @@ from PIL import Image
 
 from clipseg_repro.downloads import download
 from clipseg_repro.models.loading import load_model
+from clipseg_repro.models.released import FILES, authors_name
 from clipseg_repro.pictures import load_image
 from clipseg_repro.segmenter import Segmenter
 
 IMAGE = "http://images.cocodataset.org/val2017/000000039769.jpg"
 PROMPTS = ("a cat", "a remote", "a blanket")
 TOLERANCE = 1e-3
+NO_ANSWER = "no known answer for this decoder, only for the refined one with D = 64"
 
 # From the tests of Hugging Face's port: the first rows of what it gives for PROMPTS. The logits are those of D = 64 with the
 # refined head; the embeddings are CLIP's, and so the same for every released decoder.
@@ -28,21 +31,23 @@ EXPECTED = {
 
 
 class Check(NamedTuple):
-    """One tensor and its largest absolute deviation from the known answer, None where there is none for this model."""
+    """What was found for one tensor, or for the file itself; `passed` is None where there is no known answer."""
 
     name: str
-    deviation: float | None
+    passed: bool | None
+    found: str
 
-    @property
-    def failed(self):
-        return self.deviation is not None and not self.deviation <= TOLERANCE  # NaN fails
+    def __str__(self):
+        mark = {True: "pass", False: "FAIL", None: "-"}[self.passed]
+        return f"{mark:<5} {self.name}: {self.found}"
 
 
 def verify(source, image=None):
     """The Checks of the model at `source` (see `models.load_model`), in float32 on the CPU.
 
     `image` is the path of COCO val2017 000000039769.jpg; None fetches it. transformers' own call, as documented, gives the
-    tensors of EXPECTED; this package's Segmenter gives the logits once more. Raises InputError as loading and fetching do.
+    tensors of EXPECTED; this package's Segmenter gives the logits once more. Of a file, the first says whether it is one of the
+    authors' three. Raises InputError as loading and fetching do.
     """
     picture = load_image(image) if image else _fetched_image()
     model, processor = load_model(source)
@@ -58,18 +63,28 @@ def verify(source, image=None):
         "Segmenter.logits[0, :3, :3]": segmenter.logits(PROMPTS)[0, :3, :3],
     }
     refined = model.config.reduce_dim == 64 and model.config.use_complex_transposed_convolution
-    return [
-        Check(name, None if "logits" in name and not refined else _deviation(tensor, EXPECTED[name]))
+    return _file_checks(source) + [
+        _check(name, tensor) if refined or "logits" not in name else Check(name, None, NO_ANSWER)
         for name, tensor in found.items()
     ]
 
 
-def _deviation(tensor, expected):
-    return (tensor - torch.tensor(expected)).abs().max().item()
+def _check(name, tensor):
+    deviation = (tensor - torch.tensor(EXPECTED[name])).abs().max().item()
+    found = f"largest deviation {deviation:.2g} (tolerance {TOLERANCE:g})"
+    return Check(name, deviation <= TOLERANCE, found)  # NaN fails
+
+
+def _file_checks(path):
+    if not os.path.isfile(path):
+        return []
+    name = authors_name(path)
+    found = f"that of the authors' {name}" if name else f"none of the authors' files ({', '.join(FILES)}) has it"
+    return [Check("SHA-256", True if name else None, found)]
 
 
 def _fetched_image():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / Path(IMAGE).name
-        download(IMAGE, path)
+        download(IMAGE, path, otherwise="give the picture with --image")
         return load_image(path)

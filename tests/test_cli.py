@@ -1,5 +1,6 @@
 """The command line, as its user sees it: files, messages, exit codes."""
 
+import hashlib
 import shutil
 
 import numpy as np
@@ -148,7 +149,8 @@ def test_data_weights_go_to_the_data_folder(run, files, monkeypatch):
     kept = files / "elsewhere" / "weights" / "rd64-uni.pth"
     kept.parent.mkdir(parents=True)
     for name in released.FILES:
-        kept.with_name(name).touch()
+        kept.with_name(name).write_text(name)
+        monkeypatch.setitem(released.FILES, name, hashlib.sha256(name.encode()).hexdigest())
     result = run("data", "weights")
     assert result.exit_code == 0, result.output
     assert str(kept) in result.stdout.splitlines()
@@ -197,6 +199,17 @@ def test_verify_passes_on_the_known_answer_and_fails_on_another(run, files, stan
     result = run("verify", stand_in, "--image", "photo.png")
     assert result.exit_code == 1
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["FAIL"] * 4
+
+
+def test_verify_says_whether_a_file_is_one_of_the_authors(run, files, stand_in, monkeypatch):
+    (files / "renamed.pth").write_bytes(b"weights")
+    model = verify.load_model(stand_in)
+    monkeypatch.setattr(verify, "load_model", lambda _: model)
+    first = [run("verify", "renamed.pth", "--image", "photo.png").stdout.splitlines()[0]]
+    monkeypatch.setitem(released.FILES, "rd64-uni.pth", hashlib.sha256(b"weights").hexdigest())
+    first.append(run("verify", "renamed.pth", "--image", "photo.png").stdout.splitlines()[0])
+    assert first[0].startswith("-     SHA-256: none of the authors' files (rd64-uni.pth, ")
+    assert first[1] == "pass  SHA-256: that of the authors' rd64-uni.pth"
 
 
 def test_verify_leaves_open_what_is_not_known(run, files, tiny_folder, monkeypatch):

@@ -2,14 +2,13 @@
 
 import contextlib
 import json
+import os
 import re
 from logging import CRITICAL
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
 from huggingface_hub import utils as hub
-from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import (
     CLIPModel,
     CLIPSegConfig,
@@ -20,23 +19,16 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from clipseg_repro.downloads import foreign_content
 from clipseg_repro.errors import InputError
+from clipseg_repro.models.hub import CLIP, CONFIG, PROCESSOR, TOKENIZER, WEIGHTS, fetched, is_id, storage
 from clipseg_repro.models.released import read_decoder
+from clipseg_repro.models.soundness import check_model, check_stored_types
 from clipseg_repro.models.towers import FILES, read_tower
 from clipseg_repro.models.variants import MODELS
-from clipseg_repro.prompts import IMAGENET_MEAN, IMAGENET_STD, RELEASED_SIZE, input_size
+from clipseg_repro.prompts import IMAGENET_MEAN, IMAGENET_STD, RELEASED_SIZE
 
 MINI = Path(__file__).parents[1] / "weights" / "mini"
-CLIP = "openai/clip-vit-base-patch16"
-
-# Hub id -> the commit that is loaded; of other ids, and of None, the newest.
-REVISIONS = {
-    "CIDAS/clipseg-rd64-refined": "999e0328d9e10b484360c477313983f9afdd7050",
-    "CIDAS/clipseg-rd64": None,  # its commits could not be looked up when this was written
-    "CIDAS/clipseg-rd16": None,  # likewise
-    CLIP: "57c216476eefef5ab752ec549e440a49ae4ae5f3",
-    **dict.fromkeys(FILES),  # likewise
-}
 
 RANDOM_SEED = 0  # of weights that stay random: a CLIP without pre-training, and ViTSeg's linear layer
 
@@ -50,7 +42,7 @@ def load_model(source="mini", clip=CLIP, pretrained=True):
     or a `save_pretrained` folder of a CLIPModel and its tokenizer, gives the rest. It gives ViTSeg's text tower and RN50x4's tokenizer
     too, whose decoders are untrained; no other source reads it. `pretrained=False` keeps the architecture and draws all weights at random,
     the same in every call ("no CLIP pre-training" in the paper's Table 9). A model that is in the Hub's cache is not
-    fetched again. Raises InputError if a source is unknown, damaged or another architecture.
+    fetched again. Raises InputError if a source is unknown, damaged, not sound (see `soundness`) or another architecture.
     """
     if source == "mini" and not (MINI / "model.safetensors").is_file():
         raise InputError(
@@ -58,29 +50,15 @@ def load_model(source="mini", clip=CLIP, pretrained=True):
         )
     path = MINI if source == "mini" else Path(source)
     if str(source) in FILES:
-        path, _ = _pretrained(_read_file, source, *MODELS)
-    if path.suffix == ".safetensors" and path.is_file():
+        with _quiet():
+            path = fetched(str(source), re.escape(FILES[source])) / FILES[source]
+    if not os.path.isfile(path):  # Path.is_file raises on names that are too long
+        model, processor = _pretrained(_read_segmentation, path, MODELS, WEIGHTS, TOKENIZER, PROCESSOR)
+    elif path.suffix == ".safetensors":
         model, processor = _read_tower(path, clip)
-    elif path.is_file():
-        model, processor = _read_released(path, clip)
     else:
-        model, processor = _pretrained(_read_segmentation, path, *MODELS)
-    words, known = len(processor.tokenizer), model.config.text_config.vocab_size
-    if words != known:  # without its files, transformers makes an empty tokenizer and says nothing
-        raise InputError(
-            f"model '{source}': its tokenizer has {words} tokens, its text tower {known}: the tokenizer files are missing "
-            "or belong to another model"
-        )
-    patch, size = model.config.vision_config.patch_size, input_size(processor.image_processor)
-    if size % patch:
-        raise InputError(
-            f"model '{source}': input size {size} is no multiple of the patch size {patch}: correct the processor"
-        )
-    if size != getattr(model.config, "input_size", size):
-        raise InputError(
-            f"model '{source}': its processor makes images of {size} px, the model takes {model.config.input_size}: "
-            "correct the processor"
-        )
+        model, processor = _read_released(path, clip)
+    check_model(source, model, processor)
     if not pretrained:
         model = _random(type(model), model.config)
     return model.eval(), processor
@@ -93,40 +71,34 @@ def _random(kind, config):
         return kind(config)
 
 
-def _pretrained(read, source, *kinds):
-    """read(...) of a folder that holds a model of those `kinds` (config.json's model_type), or of a Hub id."""
-    path, name = Path(source), str(source)
-    if path.is_dir():
-        _kind(path, kinds)
-        failure = f"model folder '{name}' is damaged or incomplete: save or copy it again"
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        failure = (
-            f"model '{name}' is no folder, is not in the cache {HF_HUB_CACHE}, and could not be fetched from the Hub: "
-            "check the name and the network, or use 'mini', which needs neither"
-        )
+def _pretrained(read, source, kinds, *parts):
+    """read(folder) of a folder that holds a model of those `kinds` (config.json's model_type), or of a Hub id, of which
+    those `parts` are needed (see `hub.fetched`)."""
+    name = str(source)
+    if os.path.isdir(name):
+        folder, remedy = Path(name), "save or copy it again"
+    elif is_id(name):
+        with _quiet():
+            _kind(fetched(name, CONFIG), kinds)  # before the weights, which may be large and of no use
+            folder = fetched(name, CONFIG, *parts)
+        remedy = f"delete '{storage(name)}' and run the same command again, which fetches it"
     else:
+        shown = name if len(name) < 200 else f"{name[:200]}..."
         raise InputError(
-            f"unknown model '{name}': give 'mini', an existing save_pretrained folder or .pth file, or a Hub id "
+            f"unknown model '{shown}': give 'mini', an existing save_pretrained folder or .pth file, or a Hub id "
             "(owner/name)"
         )
-    options = {"revision": REVISIONS[name]} if REVISIONS.get(name) else {}
+    _kind(folder, kinds)
     try:
         with _quiet():
-            try:
-                model, report, rest = read(name, local_files_only=True, **options)  # what is cached needs no network
-            except OSError:
-                model, report, rest = read(name, **options)
+            return read(folder)
+    except InputError:
+        raise
     except Exception as error:  # of many kinds: OSError, RuntimeError, SafetensorError, ValueError ...
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise InputError(f"{failure} ({type(error).__name__}: {reason})") from error
-    strange = [k for k in report["unexpected_keys"] if not k.endswith("position_ids")]  # old files store that buffer
-    missing = sorted(report["missing_keys"])
-    if missing or strange or report["mismatched_keys"]:
-        raise InputError(
-            f"model '{name}' is not a complete {type(model).__name__}: {len(missing)} weights missing {missing[:3]}, "
-            f"{len(strange)} unexpected {sorted(strange)[:3]}: give weights of that class"
-        )
-    return model, rest
+        files = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".safetensors", ".bin")]
+        strange = (f"{file.name} is {found}" for file in files if (found := foreign_content(file)))
+        reason = next(strange, _reason(error))
+        raise InputError(f"model folder '{folder}' is damaged or incomplete ({reason}): {remedy}") from error
 
 
 def _kind(path, kinds):
@@ -138,39 +110,38 @@ def _kind(path, kinds):
             f"model folder '{path}' has no config.json: give a folder written by save_pretrained"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"model folder '{path}' has a damaged config.json ({error!r}): save or copy it again"
-        ) from None
+        reason = foreign_content(path / "config.json") or repr(error)
+        raise InputError(f"model folder '{path}' has a damaged config.json ({reason}): save or copy it again") from None
     if found not in kinds:
         listed = ", ".join(f"'{kind}'" for kind in kinds)
         raise InputError(f"model folder '{path}' holds a '{found}' model: give one of model_type {listed}")
     return found
 
 
-def _read_segmentation(name, **options):
-    kind = _kind(Path(name), MODELS) if Path(name).is_dir() else "clipseg"  # on the Hub there is no other
+def _read_segmentation(folder):
+    # by class: folders of older transformers name a ViTFeatureExtractor, and where torchvision is installed, transformers
+    # would resize with it, to slightly other pixels
+    pixels, tokenizer = ViTImageProcessorPil.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder)
+    return _read_model(MODELS[_kind(folder, MODELS)], folder), CLIPSegProcessor(pixels, tokenizer)
+
+
+def _read_clip(folder):
+    return _read_model(CLIPModel, folder), CLIPTokenizer.from_pretrained(folder)
+
+
+def _read_model(kind, folder):
+    """The model of class `kind` in a folder that has all its weights and no others."""
     # float32 by name: transformers 5 would keep the precision of the file
-    model, report = MODELS[kind].from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
-    processor = CLIPSegProcessor.from_pretrained(name, **options)
-    # where torchvision is installed, transformers would resize with it, to slightly other pixels
-    processor.image_processor = ViTImageProcessorPil.from_dict(processor.image_processor.to_dict())
-    return model, report, processor
-
-
-def _read_clip(name, **options):
-    model, report = CLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
-    return model, report, CLIPTokenizer.from_pretrained(name, **options)
-
-
-_COMPLETE = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), ())  # the report on what is no model
-
-
-def _read_tokenizer(name, **options):
-    return CLIPTokenizer.from_pretrained(name, **options), _COMPLETE, None
-
-
-def _read_file(name, **options):
-    return Path(hf_hub_download(name, FILES[name], **options)), _COMPLETE, None
+    model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    strange = [k for k in report["unexpected_keys"] if not k.endswith("position_ids")]  # old files store that buffer
+    missing = sorted(report["missing_keys"])
+    if missing or strange or report["mismatched_keys"]:
+        raise InputError(
+            f"model folder '{folder}' is not a complete {kind.__name__}: {len(missing)} weights missing {missing[:3]}, "
+            f"{len(strange)} unexpected {sorted(strange)[:3]}: give weights of that class"
+        )
+    check_stored_types(folder, model)
+    return model
 
 
 def _read_tower(path, clip):
@@ -180,28 +151,19 @@ def _read_tower(path, clip):
         text, processor = _over_clip(clip)
         shared = ("text_config", "projection_dim", "extract_layers")
         options |= {name: text.config.to_dict()[name] for name in shared} | {"input_size": RELEASED_SIZE}
-        if max(options["extract_layers"]) >= options["vision_config"]["num_hidden_layers"]:
-            raise InputError(
-                f"weights '{path}' have too few layers for {options['extract_layers']}: give {', '.join(FILES)}"
-            )
         tensors |= {
             k: v for k, v in text.clip.state_dict().items() if k.startswith(("text_model.", "text_projection."))
         }
     else:
-        tokenizer, _ = _pretrained(_read_tokenizer, clip, "clip")
+        tokenizer = _pretrained(CLIPTokenizer.from_pretrained, clip, ["clip"], TOKENIZER)
         processor = CLIPSegProcessor(image_processor=released_pixels(), tokenizer=tokenizer)
         options["text_config"] |= {f"{x}_token_id": getattr(tokenizer, f"{x}_token_id") for x in ("bos", "eos", "pad")}
-    model = _random(MODELS[kind], MODELS[kind].config_class(**options))
-    own = model.backbone.state_dict()
-    wrong = [
-        f"{k} {tuple(v.shape)} in place of {tuple(own[k].shape)}" for k, v in tensors.items() if v.shape != own[k].shape
-    ]
-    if wrong:
-        raise InputError(f"weights '{path}' do not fit together ({wrong[0]}): give the files of {', '.join(FILES)}")
-    # strict but for ViTSeg's random layer and the counts of batch norm: read_tower has accounted for the file's keys
-    left = [k for k in own.keys() - tensors.keys() if not k.startswith("projection.") and "num_batches" not in k]
-    assert not left, left
-    model.backbone.load_state_dict(tensors, strict=False)
+    with _fitting(path, f"give the files of {', '.join(FILES)}"):
+        model = _random(MODELS[kind], MODELS[kind].config_class(**options))
+        left = model.backbone.load_state_dict(tensors, strict=False)
+    # but for ViTSeg's random layer and the counts of batch norm: read_tower has accounted for the file's keys
+    missing = [k for k in left.missing_keys if not k.startswith("projection.") and "num_batches" not in k]
+    assert not missing and not left.unexpected_keys, left
     return model, processor
 
 
@@ -217,7 +179,7 @@ def released_pixels() -> ViTImageProcessorPil:
 
 def _over_clip(clip, **options):
     """(CLIPSegForImageSegmentation on CLIP `clip` with an untrained decoder, processor as released)."""
-    towers, tokenizer = _pretrained(_read_clip, clip, "clip")
+    towers, tokenizer = _pretrained(_read_clip, clip, ["clip"], WEIGHTS, TOKENIZER)
     config = CLIPSegConfig(
         text_config=towers.config.text_config.to_dict(),
         vision_config=towers.config.vision_config.to_dict(),
@@ -232,21 +194,26 @@ def _over_clip(clip, **options):
 def _read_released(path, clip):
     """(model, processor) of one of the authors' files and the CLIP that it was trained on."""
     options, tensors = read_decoder(path)  # before CLIP: its errors are cheaper
-    model, processor = _over_clip(clip, **options)
-    config = model.config
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.decoder.state_dict().items()}
-    wrong = [
-        f"{k} {tuple(tensor.shape)} in place of {wanted[k]}"
-        for k, tensor in tensors.items()
-        if tensor.shape != wanted[k]
-    ]
-    if wrong or max(config.extract_layers) >= config.vision_config.num_hidden_layers:
-        raise InputError(
-            f"weights '{path}' do not fit CLIP '{clip}' ({wrong[0] if wrong else 'too few layers'}): the authors' files "
-            f"need {CLIP}"
-        )
-    model.decoder.load_state_dict(tensors)
+    with _fitting(path, f"the authors' files need CLIP {CLIP}, this is '{clip}'"):
+        model, processor = _over_clip(clip, **options)
+        model.decoder.load_state_dict(tensors)
     return model, processor
+
+
+@contextlib.contextmanager
+def _fitting(path, remedy):
+    """One InputError where weights of a file do not make a model."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # RuntimeError and ValueError of sizes that differ, ZeroDivisionError of none ...
+        raise InputError(f"weights '{path}' do not fit together ({_reason(error)}): {remedy}") from error
+
+
+def _reason(error):
+    lines = [line.strip() for line in str(error).splitlines() if not line.endswith(":")]  # which are headings
+    return f"{type(error).__name__}: {(lines or [''])[0]}"
 
 
 @contextlib.contextmanager

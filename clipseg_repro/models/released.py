@@ -4,21 +4,31 @@ Each `.pth` file is the decoder of their class CLIPDensePredT without CLIP, some
 the archive that holds the three. What shapes cannot tell (layers read, heads) is as in the Hub's configs of the same weights.
 """
 
+import hashlib
 import pickle
 import re
 import stat
 import zipfile
-import zlib
 from pathlib import Path, PurePosixPath
 
 import torch
 
-from clipseg_repro.downloads import download
+from clipseg_repro.downloads import download, foreign_content
 from clipseg_repro.errors import InputError
 from clipseg_repro.files import written_whole
 
 ARCHIVE = "https://owncloud.gwdg.de/index.php/s/ioHbRzFx6th32hn/download"
-FILES = ("rd64-uni.pth", "rd64-uni-refined.pth", "rd16-uni.pth")
+FILES = {  # name -> SHA-256
+    "rd64-uni.pth": "13845f6cee4d54ca46f62ee19dd354822094a26e0efccc64e606be93d6a7e26f",
+    "rd64-uni-refined.pth": "a4956f9a7978a75630b08c9d6ec075b7c51cf43b4751b686e3a011d4012ddc9d",
+    "rd16-uni.pth": "61545cdb3a28f99d33d457c64a9721ade835a9dfbda604c459de6831c504167a",
+}
+# The archive's address has been dead for months at a time; the Hub has the same weights.
+ON_THE_HUB = (
+    "give CIDAS/clipseg-rd64, CIDAS/clipseg-rd64-refined or CIDAS/clipseg-rd16 as the model, which are the same weights "
+    "on the Hub"
+)
+AGAIN = f"fetch them again (clipseg-repro data weights), or {ON_THE_HUB}"
 
 EXTRACT_LAYERS = [3, 6, 9]  # of CLIP's blocks, counted from 0; the paper says 3, 7, 9
 HEADS = 4
@@ -47,8 +57,8 @@ def read_decoder(path):
             f"released files with {len(EXTRACT_LAYERS)} ({', '.join(FILES)})"
         )
     options = {
-        "reduce_dim": len(released["film_mul.bias"]),
-        "decoder_intermediate_size": len(released["blocks.0.linear1.bias"]),
+        "reduce_dim": released["film_mul.bias"].numel(),
+        "decoder_intermediate_size": released["blocks.0.linear1.bias"].numel(),
         "use_complex_transposed_convolution": refined,
         "extract_layers": EXTRACT_LAYERS,
         "decoder_num_attention_heads": HEADS,
@@ -69,7 +79,13 @@ def renamed(state, names, unused, complaint, files):
         )
     tensors = {}
     for theirs, ours in names.items():
-        tensor = state[theirs].float()
+        tensor = state[theirs]
+        if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
+            kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
+            raise InputError(
+                f"{complaint}: {theirs} is a tensor of {kind}: give one of the published files ({', '.join(files)})"
+            )
+        tensor = tensor.float()
         tensors |= zip(ours, tensor.chunk(len(ours)) if len(ours) > 1 else [tensor])
     return tensors
 
@@ -107,64 +123,72 @@ def _open(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds: UnpicklingError, RuntimeError, EOFError, OSError ...
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # the pickle names a function or class
-            raise InputError(
-                f"weights '{path}' would execute code when opened, so they were not: fetch the authors' files again "
-                "(clipseg-repro data weights)"
-            ) from None
+            raise InputError(f"weights '{path}' would execute code when opened, so they were not: {AGAIN}") from None
+        reason = foreign_content(path) or type(error).__name__
+        raise InputError(f"weights '{path}' are damaged or no .pth file ({reason}): {AGAIN}") from None
+    table = isinstance(content, dict) and all(isinstance(key, str) for key in content)
+    if not table or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise InputError(
-            f"weights '{path}' are damaged or no .pth file ({type(error).__name__}): fetch them again "
-            "(clipseg-repro data weights)"
-        ) from None
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise InputError(
-            f"weights '{path}' hold a {type(content).__name__} that is no plain table of tensors: give one of the "
+            f"weights '{path}' hold a {type(content).__name__} that is no plain table of named tensors: give one of the "
             f"authors' files ({', '.join(FILES)})"
         )
     return content
 
 
-def fetch_weights(folder):
-    """The paths of the authors' three files in `folder`, fetched if they are not all there; goes on where it was stopped.
+def authors_name(path):
+    """The name of the authors' file whose bytes the file `path` holds, or None."""
+    with Path(path).open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    return next((name for name, known in FILES.items() if known == found), None)
 
-    Raises InputError without network and for an archive that is damaged, unsafe or incomplete."""
+
+def fetch_weights(folder):
+    """The paths of the authors' three files in `folder`, fetched if they are not all there with the known checksums; goes on
+    where it was stopped. Raises InputError without network and for an archive that is damaged, unsafe or not theirs."""
     folder = Path(folder)
     paths = [folder / name for name in FILES]
-    if not all(path.is_file() for path in paths):
+    if not all(path.is_file() and authors_name(path) == path.name for path in paths):
         archive = folder / "weights.zip"
-        download(ARCHIVE, archive)
+        if not archive.is_file():
+            download(ARCHIVE, archive, otherwise=ON_THE_HUB)
         try:
-            _unpack(archive, folder)
-        finally:
-            archive.unlink()  # not needed any more, or bad: then the next run fetches it afresh
+            contents = _unpacked(archive)
+        except Exception as error:  # of many kinds: BadZipFile, zlib.error, EOFError, RuntimeError, OSError ...
+            damage = foreign_content(archive) or f"damaged ({error})"
+            reason = error if isinstance(error, InputError) else f"it is {damage}"
+            archive.unlink()  # then the next run fetches it afresh
+            raise InputError(
+                f"archive '{archive}' is not what the authors published at {ARCHIVE}: {reason}; nothing was extracted: run the "
+                f"same command to fetch it again, or {ON_THE_HUB}"
+            ) from None
+        try:
+            for path in paths:
+                with written_whole(path) as temporary:
+                    temporary.write_bytes(contents[path.name])
+        except OSError as error:  # the archive stays for the next run
+            raise InputError(
+                f"cannot write to '{folder}' ({error.strerror or error}): free disk space or give another folder"
+            ) from None
+        archive.unlink()
     return paths
 
 
-def _unpack(archive, folder):
-    """Write the released files of a zip archive into `folder`, under their own names; other members are left alone."""
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            members = opened.infolist()
-            unsafe = [m.filename for m in members if _is_unsafe(m)]
-            if unsafe:
-                raise InputError(
-                    f"archive '{archive}' has members that point outside it ({unsafe[0]!r}): nothing was extracted; "
-                    f"it is not what the authors published at {ARCHIVE}"
-                )
-            found = {name: m for m in members if (name := PurePosixPath(m.filename).name) in FILES}
-            if absent := [name for name in FILES if name not in found]:
-                raise InputError(
-                    f"archive '{archive}' lacks {', '.join(absent)}: it is not what the authors published at {ARCHIVE}"
-                )
-            for name, member in found.items():
-                with written_whole(folder / name) as temporary:
-                    temporary.write_bytes(opened.read(member))
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-        raise InputError(f"archive '{archive}' is damaged ({error}): run the same command to fetch it again") from None
-    except OSError as error:
-        raise InputError(f"cannot write to '{folder}' ({error.strerror or error}): give another folder") from None
+def _unpacked(archive):
+    """{name: bytes} of the released files in a zip archive; other members are left alone."""
+    with zipfile.ZipFile(archive) as opened:
+        members = opened.infolist()
+        if unsafe := [m.filename for m in members if _is_unsafe(m)]:
+            raise InputError(f"it has members that point outside it ({unsafe[0]!r})")
+        found = {name: m for m in members if (name := PurePosixPath(m.filename).name) in FILES}
+        if absent := [name for name in FILES if name not in found]:
+            raise InputError(f"it lacks {', '.join(absent)}")
+        contents = {name: opened.read(found[name]) for name in FILES}
+    if other := [name for name, content in contents.items() if hashlib.sha256(content).hexdigest() != FILES[name]]:
+        raise InputError(f"the checksum of {', '.join(other)} is another")
+    return contents
 
 
 def _is_unsafe(member):
     path = PurePosixPath(member.filename.replace("\\", "/"))
     link = stat.S_ISLNK(member.external_attr >> 16)
-    return link or path.is_absolute() or ".." in path.parts or ":" in path.parts[0]
+    return link or path.is_absolute() or ".." in path.parts or ":" in str(path)

@@ -10,6 +10,7 @@ import re
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from clipseg_repro.downloads import foreign_content
 from clipseg_repro.errors import InputError
 from clipseg_repro.models.released import renamed
 
@@ -18,6 +19,8 @@ FILES = {
     "timm/vit_base_patch16_384.augreg_in21k_ft_in1k": "model.safetensors",
     "timm/resnet50x4_clip.openai": "open_clip_model.safetensors",
 }
+
+AGAIN = f"fetch them again, or give the Hub id: {' or '.join(FILES)}"
 
 HEAD_WIDTH = 64  # channels per attention head, in all of these models
 
@@ -51,13 +54,18 @@ def read_tower(path):
     try:
         state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"weights '{path}' are damaged or no safetensors file ({error}): fetch them again") from None
+        reason = foreign_content(path) or error
+        raise InputError(f"weights '{path}' are damaged or no safetensors file ({reason}): {AGAIN}") from None
     for mark, read in (("cls_token", _read_vit), ("visual.attnpool.positional_embedding", _read_resnet)):
         if mark in state:
             try:
                 return read(state, path)
-            except (KeyError, IndexError) as error:  # what tells the sizes is missing
-                raise InputError(f"weights '{path}' are incomplete: they lack {error}: fetch them again") from None
+            except InputError:
+                raise
+            except (KeyError, IndexError, TypeError, ValueError) as error:  # of what tells the sizes
+                raise InputError(
+                    f"weights '{path}' are incomplete: they lack what tells the sizes ({error}): {AGAIN}"
+                ) from None
     raise InputError(
         f"weights '{path}' are neither a ViT of timm nor a CLIP ResNet of open_clip: give the files of {', '.join(FILES)}"
     )

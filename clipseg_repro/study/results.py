@@ -16,7 +16,8 @@ from huggingface_hub import try_to_load_from_cache
 import clipseg_repro
 from clipseg_repro.errors import InputError
 from clipseg_repro.files import fingerprint, sha256, written_whole
-from clipseg_repro.models.loading import MINI, REVISIONS
+from clipseg_repro.models.hub import REVISIONS
+from clipseg_repro.models.loading import MINI
 from clipseg_repro.study.scales import Scale
 
 DIGITS = 3  # decimals kept: results must come out the same on another machine

@@ -1,6 +1,8 @@
 """The authors' .pth files and archive, on stand-ins: the decoder in torch's own modules, a web server on this machine."""
 
+import errno
 import functools
+import hashlib
 import http.server
 import io
 import os
@@ -19,6 +21,8 @@ from clipseg_repro.errors import InputError
 from clipseg_repro.models import released
 from clipseg_repro.models.loading import load_model
 from clipseg_repro.prompts import to_pixels
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4306645\n"
 
 
 class ReleasedDecoder(nn.Module):
@@ -103,20 +107,54 @@ def _one_missing(path):
     torch.save({k: v for k, v in decoder.state_dict().items() if k != "blocks.1.norm2.bias"}, path)
 
 
+def _as_text(path):
+    released_file(path)
+    path.write_text(path.read_bytes().decode(errors="replace"), newline="")
+
+
+def _changed(key, change):
+    def write(path):
+        decoder = released_file(path)
+        torch.save(decoder.state_dict() | {key: change(decoder.state_dict()[key])}, path)
+
+    return write
+
+
+BIAS = "film_mul.bias"
+
+
 @pytest.mark.parametrize(
     ("write", "reason"),
     [
         (_pickle, "would execute code"),
-        (_truncated, "damaged or no .pth file"),
-        (lambda path: path.write_bytes(b""), "damaged or no .pth file"),
-        (lambda path: path.write_text("<html>"), "damaged or no .pth file"),
+        (_truncated, r"a zip archive cut off after \d+ bytes.*CIDAS/clipseg-rd64-refined"),
+        (_as_text, "converted as if it were"),
+        (lambda path: path.write_bytes(b""), r"\(empty\)"),
+        (lambda path: path.write_bytes(POINTER), r"a Git LFS pointer; `git lfs pull`.*CIDAS/clipseg-rd64-refined"),
+        (lambda path: path.write_text("<html>"), "a web page"),
+        (lambda path: path.write_bytes(os.urandom(1000)), "damaged or no .pth file"),
+        (lambda path: torch.save({0: torch.zeros(1)}, path), "no plain table of named tensors"),
+        (_changed(BIAS, torch.Tensor.to_sparse), "film_mul.bias is a tensor of torch.sparse_coo"),
+        (_changed(BIAS, torch.Tensor.long), "film_mul.bias is a tensor of torch.int64"),
+        (
+            _changed(BIAS, lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)),
+            "film_mul.bias is .* torch.qint8",
+        ),
+        (_changed(BIAS, lambda t: t.to("meta")), "film_mul.bias is a tensor of"),
+        (_changed(BIAS, lambda t: t[0]), "do not fit together"),
+        (_changed("blocks.1.norm1.bias", lambda t: t[0]), "do not fit together"),
+        (_changed("blocks.0.linear1.bias", lambda t: t[:0]), "do not fit together"),
+        (_changed(BIAS, lambda t: t * torch.inf), r"NaN or infinite numbers \['decoder.film_mul.bias'\]"),
         (lambda path: torch.save([torch.zeros(1)], path), "hold a list"),
-        (lambda path: torch.save({"state_dict": {}}, path), "no plain table of tensors"),
+        (lambda path: torch.save({"state_dict": {}}, path), "no plain table of named tensors"),
         (_other, r"missing blocks.0.* and \d+ more, unexpected layer0.conv.weight, .* and 12 more"),
         (_one_missing, "missing blocks.1.norm2.bias, nothing unexpected"),
         (lambda path: released_file(path, more={"reduce_cond.bias": torch.zeros(1)}), "unexpected reduce_cond.bias:"),
         (lambda path: released_file(path, layers=2), "2 decoder layers"),
-        (lambda path: released_file(path, clip_width=32), r"do not fit CLIP .*\(16, 32\) in place of \(16, 64\)"),
+        (
+            lambda path: released_file(path, clip_width=32),
+            r"do not fit together .*\[16, 32\].*\[16, 64\].*need CLIP openai",
+        ),
     ],
 )
 def test_other_files_are_refused(write, reason, tiny_clip, tmp_path, monkeypatch):
@@ -147,6 +185,7 @@ def zipped(**members):
 WEIGHTS = {name: os.urandom(30_000) for name in released.FILES}
 GOOD = zipped(
     **{
+        "./": b"",
         "clipseg_weights/": b"",
         "clipseg_weights/notes.txt": b"",
         **{f"clipseg_weights/{k}": v for k, v in WEIGHTS.items()},
@@ -156,10 +195,16 @@ GOOD = zipped(
 
 @pytest.fixture
 def server(monkeypatch):
-    """A web server for the archive. `sends`: bytes of each answer that arrive before the line is cut, None for all."""
+    """A web server for the archive. `sends`: bytes of each answer that arrive before the line is cut, None for all;
+    `refuses`: a status, and a content type of its answers."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            if server.refuses:
+                self.send_response(server.refuses[0])
+                self.send_header("Content-Type", server.refuses[1])
+                self.end_headers()
+                return self.wfile.write(b"<html>not what you wanted</html>")
             start = int(self.headers.get("Range", "bytes=0-")[6:-1]) if server.resumes else 0
             server.starts.append(start)
             self.send_response(206 if start else 200)
@@ -173,11 +218,12 @@ def server(monkeypatch):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.content, server.sends, server.resumes, server.starts = GOOD, [], True, []
+    server.content, server.sends, server.resumes, server.starts, server.refuses = GOOD, [], True, [], None
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(released, "ARCHIVE", f"http://127.0.0.1:{server.server_port}/download")
+    monkeypatch.setattr(released, "FILES", {name: hashlib.sha256(data).hexdigest() for name, data in WEIGHTS.items()})
     yield server
     server.shutdown()
     thread.join()
@@ -191,7 +237,7 @@ def assert_complete(folder):
 @pytest.mark.parametrize("resumes", [True, False])
 def test_an_interrupted_download_is_resumed(server, tmp_path, resumes):
     server.sends, server.resumes = [40_000], resumes
-    with pytest.raises(InputError, match="run the same command again; 32768 bytes are kept"):
+    with pytest.raises(InputError, match=r"run the same command again, or .*; 32768 bytes are kept"):
         released.fetch_weights(tmp_path / "weights")
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["weights.zip.part"]
     paths = released.fetch_weights(tmp_path / "weights")
@@ -202,10 +248,51 @@ def test_an_interrupted_download_is_resumed(server, tmp_path, resumes):
     assert len(server.starts) == 2  # nothing left to fetch
 
 
+@pytest.mark.parametrize(
+    ("refuses", "reason"),
+    [
+        ((404, "text/html"), "404 Not Found.*this address is dead or closed"),
+        ((503, "text/plain"), "503 Service Unavailable"),
+        ((200, "text/html; charset=utf-8"), "a web page was sent"),
+    ],
+)
+def test_a_dead_address_names_the_living_source_and_keeps_what_arrived(server, tmp_path, refuses, reason):
+    server.sends = [40_000]
+    with pytest.raises(InputError, match="check the network"):
+        released.fetch_weights(tmp_path)
+    server.refuses = refuses
+    with pytest.raises(InputError, match=f"{reason}.*CIDAS/clipseg-rd64-refined.*32768 bytes are kept") as caught:
+        released.fetch_weights(tmp_path)
+    assert "check the network" not in str(caught.value)
+    server.refuses = None
+    released.fetch_weights(tmp_path)
+    assert_complete(tmp_path)
+    assert server.starts == [0, 32_768]
+
+
+def test_damaged_files_are_fetched_again(server, tmp_path):
+    released.fetch_weights(tmp_path)
+    (tmp_path / "rd16-uni.pth").write_bytes(POINTER)
+    released.fetch_weights(tmp_path)
+    assert_complete(tmp_path)
+
+
+def test_a_full_disk_does_not_cost_the_download(server, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(InputError, match=r"cannot write to .*No space left"):
+        patched.setattr("pathlib.Path.write_bytes", full)
+        released.fetch_weights(tmp_path)
+    released.fetch_weights(tmp_path)
+    assert_complete(tmp_path)
+    assert server.starts == [0]
+
+
 def test_no_server_is_one_clear_error(monkeypatch, tmp_path):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with pytest.raises(InputError, match=r"cannot fetch http://127.0.0.1:9/a.*check the network") as caught:
-        downloads.download("http://127.0.0.1:9/a", tmp_path / "a")
+        downloads.download("http://127.0.0.1:9/a", tmp_path / "a", "do without")
     assert "\n" not in str(caught.value)
 
 
@@ -231,9 +318,11 @@ def _flipped():
         (zipped(**{"/tmp/rd64-uni.pth": b"x", **WEIGHTS}), "point outside it"),
         (_link(), "point outside it"),
         (zipped(**{"rd64-uni.pth": b"x"}), "lacks rd64-uni-refined.pth, rd16-uni.pth"),
-        (GOOD[:-3000], "damaged"),
+        (GOOD[:-3000], "a zip archive cut off after"),
         (_flipped(), "damaged.*rd16-uni.pth"),
-        (b"<html>Please log in</html>", "damaged"),
+        (zipped(**WEIGHTS | {"rd16-uni.pth": b"another"}), "the checksum of rd16-uni.pth is another"),
+        (b"<html>Please log in</html>", "it is a web page"),
+        (POINTER, "a Git LFS pointer"),
     ],
 )
 def test_bad_archives_are_refused(server, tmp_path, content, reason):
