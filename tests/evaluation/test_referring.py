@@ -1,5 +1,6 @@
 """The protocols on PhraseCut."""
 
+import re
 import shutil
 
 import numpy as np
@@ -71,10 +72,10 @@ def cut(path):
 
 
 DAMAGES = [  # of an image, what is said of it, and whether the others are counted first
-    (lambda path: path.unlink(), "is missing", False),
-    (lambda path: path.write_text("<html>"), "cannot be read (cannot identify image file", False),
-    (lambda path: Image.new("RGB", (20, 30)).save(path), "is 20 x 30 pixels, not", False),
-    (cut, "cannot be read (image file is truncated", True),
+    (lambda path: path.unlink(), "missing picture (2)", False),
+    (lambda path: path.write_text("<html>"), "web page in place of a picture (2)", False),
+    (lambda path: Image.new("RGB", (20, 30)).save(path), "picture of another size (2)", False),
+    (cut, "2 of 4 images could not be measured", True),
 ]
 
 
@@ -86,10 +87,9 @@ def test_bad_images_are_named_together_and_cost_nothing(tiny_folder, data, tmp_p
     good = [path.read_bytes() for path in bad]
     for path in bad:
         damage(path)
-    with pytest.raises(InputError, match=r"^2 of 4 images ") as error:
+    with pytest.raises(InputError, match=re.escape(said)) as error:
         phrasecut(segmenter, dataset, keep=tmp_path / "kept")
-    assert str(error.value).count(said) == 2
-    assert all(str(path) in str(error.value) for path in bad)
+    assert all(path.name in str(error.value) for path in bad)
     assert (tmp_path / "kept").exists() == counted
     for path, content in zip(bad, good, strict=True):
         path.write_bytes(content)
