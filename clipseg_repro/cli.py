@@ -1,6 +1,7 @@
 """The command line: `clipseg-repro segment | data | train | evaluate | verify | bench | reproduce`."""
 
 import json
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -123,6 +124,7 @@ def segment(
         threshold=threshold,
         labels=labels or bool(background),
     )
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     known, failures = 0, []
     for results, new in tqdm(runs, "segment", len(pictures), unit="picture", disable=len(pictures) == 1):
         known += not new
