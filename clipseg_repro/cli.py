@@ -177,7 +177,7 @@ def train(
     scale: ScaleOption = ScaleName.mini,
     source: Annotated[str | None, typer.Option(help="Whose backbone the decoder reads; the scale's if none.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimisation steps, instead of the run's own.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed gives another model.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Another seed gives another model.")] = 0,
 ):
     """Train a model, saved in results/training/RUN with its curve and checkpoint; goes on where it was stopped."""
     from clipseg_repro.mini.pretrain_backbones import PRETRAINING

@@ -12,7 +12,7 @@ import numpy as np
 
 from clipseg_repro.files import written_whole
 
-ROWS = 64  # of a strip: some MB, which a core's cache holds
+ROWS = 16  # of a strip: so few that it stays in the cache of a core
 
 
 def in_strips(function, *arrays):
