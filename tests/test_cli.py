@@ -68,7 +68,7 @@ def test_segment_writes_what_predict_gives(run, files, tiny_folder):
         (["photo.png", "--prompt", "mask.png"], ["--prompt 'mask.png' is a picture"]),
         (["photo.png", "empty", "a cat"], ["no pictures in folder 'empty'"]),
         ([".", "a cat", "--out", "."], ["--out '.'", "give another"]),
-        (["photo.png", "a \udcff cat"], ["'a \\udcff cat' is not UTF-8"]),
+        (["photo.png", "a \udcff cat"], ["'a \\udcff cat' is not valid Unicode"]),
         (["photo.png", "a cat", "--device", "none"], ["device 'none'", "try 'cpu'"]),
         (["photo.png", *["a cat"] * 256, "--labels"], ["256 prompts", "at most 255"]),
         (["broken.png", "a cat"], ["broken.png"]),

@@ -37,13 +37,13 @@ def embed_images(model, pixel_values, masks=None, attention=None):
 
 @torch.no_grad()
 def embed_texts(model, processor, texts):
-    """Text embeddings (K, P), un-normalised, of K phrases. Raises InputError for a blank phrase, for one that is
-    no Unicode text, as a terminal of another encoding gives, and for one longer than the text tower's context."""
+    """Text embeddings (K, P), un-normalised, of K phrases. Raises InputError for a blank phrase and for one longer than
+    the text tower's context."""
     for text in texts:
         if not text.strip():
             raise InputError(f"prompt {text!r} is blank: describe what to segment")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise InputError(f"prompt {text!r} is not UTF-8: set the terminal's encoding to UTF-8 and type it again")
+        if text.encode(errors="ignore").decode() != text:
+            raise InputError(f"prompt {text!r} is not valid Unicode: write it in UTF-8")
     tokens = processor.tokenizer(list(texts), padding=True, return_tensors="pt", verbose=False)
     limit = model.config.text_config.max_position_embeddings
     lengths = tokens["attention_mask"].sum(1)
