@@ -1,6 +1,7 @@
 """The command line: `clipseg-repro segment | data | train | evaluate | verify | bench | reproduce`."""
 
-import re
+import json
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -17,16 +18,11 @@ class _Group(typer.core.TyperGroup):
     """Turns what users cause (bad input, Ctrl-C) into one line on stderr and an exit code."""
 
     def invoke(self, ctx):
-        from clipseg_repro.study.runner import NotebookFailed
-
         try:
             return super().invoke(ctx)
         except InputError as error:
             typer.secho(f"Error: {error}", fg="red", err=True)
             raise typer.Exit(2) from None
-        except NotebookFailed as error:
-            typer.secho(f"Failed: {error}", fg="red", err=True)
-            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.secho("\nStopped. Run the same command again to go on from here.", err=True)
             raise typer.Exit(INTERRUPTED) from None
@@ -38,7 +34,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="CLIPSeg, reproduced: segment an image by describing what you look for, or by showing an example of it.",
 )
 data = typer.Typer(no_args_is_help=True, help="The data sets.")
 app.add_typer(data, name="data")
@@ -59,64 +54,100 @@ class Prompts(StrEnum):
     visual = "visual"
 
 
+def _print_version(wanted: bool):
+    if wanted:
+        from clipseg_repro import __version__
+
+        typer.echo(f"clipseg-repro {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+):
+    """CLIPSeg, reproduced: segment an image by describing what you look for, or by showing an example of it."""
+
+
 @app.command()
 def segment(
-    image: Annotated[Path, typer.Argument(help="The picture to segment.")],
-    prompts: Annotated[
-        list[str] | None, typer.Argument(help='What to look for, each in quotes: "a cat" "something to sit on".')
-    ] = None,
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PICTURES... [WORDS]...",
+            help='Pictures or folders of pictures, and what to look for, each in quotes: "a cat" "something to sit on".',
+        ),
+    ],
+    prompt: Annotated[list[str] | None, typer.Option(help="More words; may be repeated.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results; made if missing.")] = Path("segmented"),
     support: Annotated[Path | None, typer.Option(help="An example picture: look for what --mask marks in it.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Mask of --support: a picture, 0 except on the object.")] = None,
     model: Annotated[str, typer.Option(help="mini, a Hub id (owner/name), a folder or a .pth file.")] = "mini",
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="A mask is where the probability is higher.")] = 0.5,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; the fastest there is if none.")] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="A mask is where the probability is higher; 0.5 if none."),
+    ] = None,
+    labels: Annotated[
+        bool, typer.Option("--labels", help="Also write one map of all prompts, ..._labels.png.")
+    ] = False,
+    background: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Words for what is none of the prompts, in the label map; implies --labels; may be repeated."
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a line of JSON per picture and prompt: area, box, mask ...")
+    ] = False,
 ):
-    """Segment a picture by text, by example, or by both.
+    """Segment pictures by text, by example, or by both. Goes on where it was stopped.
 
-    For each prompt, writes to --out: ..._probability.png (16 bit: 65535 is probability 1), ..._mask.png (white where
-    the probability exceeds --threshold) and ..._overlay.png (the probability as colour over the picture).
+    For each picture and prompt, writes to --out: ..._probability.png (16 bit: 65535 is probability 1), ..._mask.png
+    (white where the probability exceeds --threshold) and ..._overlay.png (the probability as colour over the picture);
+    for each picture, ..._segments.json: the settings and, per prompt, what --json prints.
     """
-    from clipseg_repro import VisualPrompt, load_segmenter
-    from clipseg_repro.prompts import load_image
+    from tqdm import tqdm
+
+    from clipseg_repro import batch
 
     if (support is None) != (mask is None):
         raise InputError("--support and --mask belong together: give the example picture and the mask of its object")
-    given = list(prompts or [])
-    if support:
-        given.append(VisualPrompt(support, mask))
-    picture = load_image(image)
-    segmenter = load_segmenter(model, dtype="float32")  # the same masks on every machine
-    segmenter.set_image(picture)
-    maps = segmenter.predict(given)
-    names = [*(prompts or []), *([f"like {support.stem}"] if support else [])]
-    for number, (name, probability) in enumerate(zip(names, maps, strict=True), start=1):
-        slug = re.sub(r"\W+", "-", name.lower()).strip("-")[:40]
-        stem = f"{image.stem}_{number}_{slug}"
-        _write_maps(out, stem, picture, probability, threshold)
-        typer.echo(f"{name}: {(probability > threshold).mean():.1%} of the picture -> {out / stem}_*.png")
-
-
-def _write_maps(out, stem, picture, probability, threshold):
-    import numpy as np
-    from PIL import Image
-
-    from clipseg_repro.files import written_whole
-    from clipseg_repro.plotting import overlay
-
-    pictures = {
-        "probability": (probability * 65535).round().astype(np.uint16),
-        "mask": (probability > threshold).astype(np.uint8) * 255,
-        "overlay": overlay(picture, probability),
-    }
-    for kind, array in pictures.items():
-        path = out / f"{stem}_{kind}.png"
-        try:
-            with written_whole(path) as temporary:
-                Image.fromarray(array).save(temporary, format="PNG")
-        except OSError as error:
-            raise InputError(
-                f"cannot write '{path}' ({error.strerror or error}): free disk space or give another --out"
-            ) from error
+    pictures, words = batch.pictures_and_words(arguments, prompt or [], out)
+    runs = batch.segment(
+        pictures,
+        words,
+        out,
+        support=support,
+        mask=mask,
+        background=background or [],
+        model=model,
+        device=device,
+        threshold=threshold,
+        labels=labels or bool(background),
+    )
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    known, failures = 0, []
+    for results, new in tqdm(runs, "segment", len(pictures), unit="picture", disable=len(pictures) == 1):
+        known += not new
+        if isinstance(results, InputError):
+            failures.append(results)
+        elif as_json:
+            tqdm.write("\n".join(map(json.dumps, results)))
+        elif new:
+            for found in results:
+                label = f", label {found['label']} ({found['colour']})" if "label" in found else ""
+                tqdm.write(f"{found['prompt']}: {found['area']:.1%} of the picture -> {out / found['files']}{label}")
+    if known:
+        typer.echo(f"{known} of {len(pictures)} pictures were done before with these settings: skipped", err=True)
+    if failures and len(pictures) == 1:
+        raise failures[0]
+    for failure in failures:
+        typer.secho(f"Failed: {failure}", fg="red", err=True)
+    if failures:
+        raise typer.Exit(1)
 
 
 @data.command("build")
@@ -169,7 +200,7 @@ def train(
     scale: ScaleOption = ScaleName.mini,
     source: Annotated[str | None, typer.Option(help="Whose backbone the decoder reads; the scale's if none.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimisation steps, instead of the run's own.")] = None,
-    seed: Annotated[int, typer.Option(help="Another seed gives another model.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Another seed gives another model.")] = 0,
 ):
     """Train a model, saved in results/training/RUN with its curve and checkpoint; goes on where it was stopped."""
     from clipseg_repro.mini.pretrain_backbones import PRETRAINING
@@ -252,9 +283,14 @@ def reproduce(
     resume: Annotated[bool, typer.Option("--resume/--restart", help="Skip what is done, or run all again.")] = True,
 ):
     """Run the notebooks in order; they write the tables and figures of the study to results/."""
+    from clipseg_repro.study.runner import NotebookFailed
     from clipseg_repro.study.runner import reproduce as run_study
 
-    copies = run_study(only or (), scale, resume)
+    try:
+        copies = run_study(only or (), scale, resume)
+    except NotebookFailed as error:
+        typer.secho(f"Failed: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
     typer.echo(f"{len(copies)} notebooks done; tables and figures are in {get_scale(scale).results}")
 
 

@@ -14,6 +14,7 @@ from matplotlib.colors import to_rgb
 
 from clipseg_repro.errors import InputError
 from clipseg_repro.pictures import load_image
+from clipseg_repro.strips import in_strips
 
 OKABE_ITO = {
     "blue": "#0072B2",
@@ -48,9 +49,14 @@ def overlay(image, probability, colour=OKABE_ITO["vermillion"], strength=0.65):
     again to lay one tint over another.
     """
     image, weight = _image_and_map(image, probability)
-    tint = 255 * np.array(to_rgb(colour))
-    share = strength * weight[..., None]
-    out = np.round((1 - share) * image + share * tint).astype(np.uint8)
+    out = np.empty_like(image)
+
+    def tint(out, image, weight):
+        share = strength * weight.astype(np.float64)
+        for channel, value in enumerate(to_rgb(colour)):
+            out[..., channel] = np.round((1 - share) * image[..., channel] + share * (255 * value))
+
+    list(in_strips(tint, out, image, weight))
     # without the outline, a tint of the image's own colours would not be seen
     outlines, _ = cv2.findContours((weight > 0.5).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     return cv2.drawContours(out, outlines, -1, (255, 255, 255), max(1, round(min(out.shape[:2]) / 200)))
@@ -59,8 +65,8 @@ def overlay(image, probability, colour=OKABE_ITO["vermillion"], strength=0.65):
 def heat(image, probability, strength=0.7):
     """The map as viridis colours over the grey image: (H, W, 3) uint8. Arguments as for `overlay`."""
     image, values = _image_and_map(image, probability)
-    grey = image @ np.array([0.299, 0.587, 0.114])
-    colours = 255 * plt.get_cmap(HEAT)(values)[..., :3]
+    grey = image.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
+    colours = 255 * plt.get_cmap(HEAT)(values.astype(np.float64))[..., :3]
     return np.round((1 - strength) * grey[..., None] + strength * colours).astype(np.uint8)
 
 
@@ -183,15 +189,15 @@ def bars(frame, label, ys, xlabel=None):
 
 
 def _image_and_map(image, probability):
-    """The image as (H, W, 3) float in [0, 255] and the map as (H, W) float in [0, 1]."""
-    image, values = load_image(image), np.asarray(probability, dtype=np.float64)
+    """The image as (H, W, 3) uint8 and the map as (H, W) array in [0, 1]."""
+    image, values = load_image(image), np.asarray(probability)
     if values.shape != image.shape[:2]:
         raise InputError(f"map of shape {values.shape} on an image of {image.shape[:2]}: give both the same size")
     if not (values.min() >= 0 and values.max() <= 1):  # also catches NaN
         raise InputError(
             f"map with values in [{values.min():.3g}, {values.max():.3g}]: give probabilities or a bool mask"
         )
-    return image.astype(np.float64), values
+    return image, values
 
 
 def _check_columns(frame, columns, name):

@@ -69,6 +69,10 @@ class Segmenter:
         maps = [self._resized(batch.sigmoid()).cpu().numpy() for batch in self._decoded(self.conditions(prompts))]
         return maps[0] if len(maps) == 1 else np.concatenate(maps)
 
+    def maps(self, prompts):
+        """An iterator over what `predict` gives, (H, W) float32 each: K maps of a large picture need much memory at once."""
+        return map(lambda probability: probability.cpu().numpy(), self._maps(self.conditions(prompts)))
+
     def logits(self, prompts):
         """Raw logits, (K, S, S) float32 tensor, at the model's input size S."""
         return torch.cat(list(self._decoded(self.conditions(prompts))))
@@ -83,14 +87,14 @@ class Segmenter:
         if threshold is not None:
             best.fill_(checked_share(threshold, "label_map: threshold"))
         if background is not None:
-            for floor in self._maps(self.conditions(background)):
-                best = torch.maximum(best, floor)
-        labels = torch.zeros(best.shape, dtype=torch.int64, device=self.device)
+            for probability in self._maps(self.conditions(background)):
+                torch.maximum(best, probability, out=best)
+        labels = torch.zeros(best.shape, dtype=torch.int32, device=self.device)
         for label, probability in enumerate(self._maps(classes), start=1):
-            better = probability > best
-            labels[better] = label
-            best = torch.where(better, probability, best)
-        return labels.cpu().numpy()
+            labels.masked_fill_(probability > best, label)
+            torch.maximum(best, probability, out=best)
+        del best, probability  # of a large picture, as much as the result
+        return labels.cpu().numpy().astype(np.int64)
 
     @torch.no_grad()
     def conditions(self, prompts):

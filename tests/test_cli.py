@@ -1,7 +1,9 @@
 """The command line, as its user sees it: files, messages, exit codes."""
 
 import hashlib
+import json
 import shutil
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -45,7 +47,8 @@ def test_segment_writes_what_predict_gives(run, files, tiny_folder):
     assert result.exit_code == 0, result.output
     stems = ["photo_1_a-cat", "photo_2_like-photo"]
     kinds = ["mask", "overlay", "probability"]
-    assert sorted(p.name for p in (files / "out").iterdir()) == [f"{s}_{k}.png" for s in stems for k in kinds]
+    names = [*(f"{s}_{k}.png" for s in stems for k in kinds), "photo_segments.json"]
+    assert sorted(p.name for p in (files / "out").iterdir()) == names
 
     segmenter = load_segmenter(tiny_folder, dtype="float32")
     segmenter.set_image("photo.png")
@@ -61,23 +64,53 @@ def test_segment_writes_what_predict_gives(run, files, tiny_folder):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["missing.png", "a cat"], ["missing.png"]),
+        (["missing.png", "a cat"], ["no picture 'missing.png'"]),
+        (["photo.png", "missing/photo", "a cat"], ["no picture 'missing/photo'", "--prompt"]),
+        (["a cat"], ["no pictures"]),
+        (["photo.png", "--prompt", "mask.png"], ["--prompt 'mask.png' is a picture"]),
+        (["photo.png", "empty", "a cat"], ["no pictures in folder 'empty'"]),
+        ([".", "a cat", "--out", "."], ["--out '.'", "give another"]),
+        (["photo.png", "a \udcff cat"], ["'a \\udcff cat' is not valid Unicode"]),
+        (["photo.png", "a cat", "--device", "none"], ["device 'none'", "try 'cpu'"]),
+        (["photo.png", *["a cat"] * 256, "--labels"], ["256 prompts", "at most 255"]),
         (["broken.png", "a cat"], ["broken.png"]),
         (["photo.png"], ["no prompts"]),
         (["photo.png", " "], ["blank"]),
         (["photo.png", "--support", "photo.png"], ["--support and --mask belong together"]),
         (["photo.png", "a cat", "--support", "photo.png", "--mask", "empty.png"], ["mask"]),
         (["photo.png", "a cat", "--model", "nowhere"], ["unknown model 'nowhere'"]),
-        (["photo.png", "a cat", "--out", "photo.png"], ["cannot write 'photo.png", "--out"]),
+        (["photo.png", "a cat", "--out", "photo.png"], ["cannot write to 'photo.png'", "--out"]),
     ],
 )
 def test_segment_refuses_bad_input_and_writes_nothing(run, files, tiny_folder, arguments, words):
     (files / "broken.png").write_bytes((files / "photo.png").read_bytes()[:60])
     Image.new("L", (140, 90)).save(files / "empty.png")
+    (files / "empty").mkdir()
     before = sorted(files.iterdir())
     model = [] if "--model" in arguments else ["--model", tiny_folder]
     assert fails(run("segment", *arguments, *model), *words)
     assert sorted(files.iterdir()) == before
+
+
+def test_segment_names_bad_pictures_at_the_end_and_skips_what_is_done(run, files, tiny_folder):
+    (files / "more").mkdir()
+    for name in ("more/photo.png", "more/b.JPG", "more/.hidden.png"):
+        Image.open(files / "photo.png").save(files / name)
+    (files / "more/a.png").write_bytes(b"no picture")
+    (files / "more/notes.txt").touch()
+    command = ("segment", "photo.png", "more", "a cat", "--prompt", "a dog", "--model", tiny_folder)
+    result = run(*command, "--background", "a tree")
+    assert result.exit_code == 1
+    assert "\nFailed: image 'more/a.png' is not an image" in result.stderr
+    written = {path.name for path in (files / "segmented").glob("*_labels.png")}
+    assert written == {f"{stem}_labels.png" for stem in ("b", "more-photo-png", f"{files.name}-photo-png")}
+    assert len(result.stdout.splitlines()) == 3 * 2
+    again = run(*command, "--background", "a tree", "--json")
+    assert again.exit_code == 1
+    assert "3 of 4 pictures were done before" in again.stderr
+    lines = [json.loads(line) for line in again.stdout.splitlines()]
+    pictures = ["photo.png", "more/b.JPG", "more/photo.png"]
+    assert [(x["picture"], x["prompt"]) for x in lines] == [(p, w) for p in pictures for w in ("a cat", "a dog")]
 
 
 def test_other_commands_refuse_bad_input(run):
@@ -89,6 +122,7 @@ def test_other_commands_refuse_bad_input(run):
     assert fails(run("train", "mini-clip", "--steps", 5), "own curriculum")
     assert fails(run("train", "vitseg-pc"), "training/mini-vit/model", "clipseg-repro train mini-vit")
     assert run("reproduce", "--scale", "large").exit_code == 2
+    assert all(run("train", "clipseg-pc", "--seed", seed).exit_code == 2 for seed in (-1, 2**64))
 
 
 def test_data_check(run, files, data, monkeypatch):
@@ -232,6 +266,11 @@ def test_ctrl_c_says_how_to_go_on(run, monkeypatch, command):
     result = run(*command)
     assert result.exit_code == 130
     assert "Run the same command again" in result.stderr
+
+
+def test_version(run):
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"clipseg-repro {version('clipseg-repro')}\n")
 
 
 COMMANDS = [

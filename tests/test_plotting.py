@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 
 from clipseg_repro.errors import InputError
 from clipseg_repro.plotting import PALETTE, bars, curves, heat, overlay, panels, prompt_grid
@@ -30,6 +31,13 @@ def test_overlay_mixes_image_and_colour():
     assert out[0, 0].tolist() == [100, 100, 100]
     assert out[0, 1].tolist() == [162, 60, 60]  # 0.6 * 100 + 0.4 * (255, 0, 0)
     assert out[1, 0].tolist() == [131, 80, 80]
+
+
+def test_overlay_is_the_rounded_mix_at_every_pixel(picture):
+    weight = np.random.default_rng(1).random(picture.shape[:2], dtype=np.float32) / 2  # no outline
+    share = 0.65 * weight.astype(np.float64)[..., None]
+    expected = np.round((1 - share) * picture.astype(np.float64) + share * (255 * np.array(to_rgb("#D55E00"))))
+    np.testing.assert_array_equal(overlay(picture, weight), expected)
 
 
 def test_overlay_outlines_masks_and_leaves_the_rest(picture, picture_mask):

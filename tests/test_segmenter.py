@@ -156,6 +156,13 @@ def test_predict(segmenter, picture, monkeypatch):
     np.testing.assert_allclose(segmenter.predict(TEXTS), maps, atol=1e-6)
 
 
+def test_maps_are_those_of_predict(segmenter, picture):
+    segmenter.set_image(picture)
+    np.testing.assert_allclose(list(segmenter.maps(TEXTS)), segmenter.predict(TEXTS), atol=1e-6)
+    with pytest.raises(InputError, match="no prompts"):
+        segmenter.maps([])
+
+
 def test_text_embeddings_are_cached_and_bounded(segmenter, monkeypatch):
     seen = []
     embed = segmenter_module.embed_texts

@@ -1,0 +1,190 @@
+"""Many pictures and many prompts, to files: what `clipseg-repro segment` does."""
+
+import json
+import os
+import re
+from collections import Counter
+from hashlib import sha256
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageColor
+from pycocotools import mask as coco
+
+from clipseg_repro import __version__
+from clipseg_repro.errors import InputError
+from clipseg_repro.files import sweep, written_whole
+from clipseg_repro.pictures import load_image
+from clipseg_repro.plotting import OKABE_ITO, overlay
+from clipseg_repro.prompts import VisualPrompt
+from clipseg_repro.segmenter import load_segmenter
+from clipseg_repro.strips import write_png
+
+KINDS = ("probability", "mask", "overlay")
+COLOURS = [
+    colour for name, colour in OKABE_ITO.items() if name != "black"
+]  # of the label map, whose background is black
+NAME_BYTES, WORDS_BYTES = 140, 80  # in file names, which file systems limit to 255 bytes
+
+
+def pictures_and_words(arguments, prompts, out):
+    """Sort a command's arguments: (paths of pictures, words). What exists is a picture, or a folder of pictures.
+
+    Of a folder, the pictures directly in it that Pillow knows by their suffix, sorted. `prompts` follow the words. Raises
+    InputError for a folder without pictures, for what looks like a path and does not exist, and for a picture as prompt."""
+    Image.init()
+    kinds = {kind for kind in Image.OPEN if Image.MIME.get(kind, "").startswith("image/")}
+    suffixes = {suffix for suffix, kind in Image.EXTENSION.items() if kind in kinds}
+    pictures, words = [], []
+    for argument in arguments:
+        path = Path(argument)
+        if os.path.isdir(path):
+            if os.path.abspath(path) == os.path.abspath(out):
+                raise InputError(f"--out '{out}' is a folder of pictures, too: give another for the results")
+            found = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
+            if not found:
+                raise InputError(
+                    f"no pictures in folder '{path}': check the path; words of that name go after --prompt"
+                )
+            pictures += found
+        elif os.path.exists(path):
+            pictures.append(path)
+        elif path.suffix.lower() in suffixes or "/" in argument or os.sep in argument:
+            raise InputError(f"no picture '{argument}': check the path; words that look like a path go after --prompt")
+        else:
+            words.append(argument)
+    if not pictures:
+        raise InputError("no pictures: give files or folders, and what to look for in quotes")
+    for prompt in prompts:
+        if os.path.isfile(prompt) and Path(prompt).suffix.lower() in suffixes:
+            raise InputError(f"--prompt '{prompt}' is a picture: leave --prompt out to segment it, or name it in words")
+    return list({os.path.abspath(picture): picture for picture in pictures}.values()), [*words, *prompts]
+
+
+def file_names(pictures):
+    """{picture: what its files' names begin with}: its stem; where several have the same, its folder, stem and suffix."""
+    names = {}
+    for name in (
+        lambda path: path.stem,
+        lambda path: "-".join((path.absolute().parent.name, path.stem, path.suffix[1:])),
+        lambda path: f"{sha256(os.fsencode(path.absolute())).hexdigest()[:8]}-{path.stem}",
+    ):
+        left = {path: _cut(name(path), NAME_BYTES) for path in pictures if path not in names}
+        count = Counter(text.casefold() for text in [*left.values(), *names.values()])
+        names |= {path: text for path, text in left.items() if count[text.casefold()] == 1}
+    return {path: names[path] for path in pictures}
+
+
+def segment(
+    pictures,
+    words,
+    out,
+    *,
+    support=None,
+    mask=None,
+    background=(),
+    model="mini",
+    device=None,
+    threshold=None,
+    labels=False,
+):
+    """Write NAME_N_WORDS_{probability,mask,overlay}.png to the folder `out` for each picture and prompt; a generator.
+
+    Yields, per picture, (results, new). results: one dict per prompt, as `_written` gives them, or the InputError
+    that says why the picture cannot be read. new: False where an earlier call with the same settings, model and
+    picture has written them, as NAME_segments.json tells, which is written last. support, mask: one more prompt.
+    labels: also write the label map NAME_labels.png, whose legend is in the results. background, model, device and
+    threshold are those of `load_segmenter` and `Segmenter.label_map`; masks are where the probability exceeds 0.5 if None.
+    """
+    prompts = [*words, *([VisualPrompt(support, mask)] if support else [])]
+    names = [*words, *([f"like {support.stem}"] if support else [])]
+    if labels and len(prompts) > 255:
+        raise InputError(f"{len(prompts)} prompts: a label map holds at most 255, leave --labels and --background out")
+    settings = {
+        "version": __version__,
+        "model": [str(model), _stamp(model)],
+        "prompts": names,
+        "example": [_stamp(support or ""), _stamp(mask or "")],
+        "background": list(background),
+        "threshold": threshold,
+        "labels": labels,
+    }
+    slugs = [_cut(re.sub(r"\W+", "-", name.lower()).strip("-")[:40], WORDS_BYTES) for name in names]
+    if out.is_dir():
+        sweep(out)
+    segmenter = None
+    for picture, prefix in file_names(pictures).items():
+        stems = [out / f"{prefix}_{number}_{slug}" for number, slug in enumerate(slugs, start=1)]
+        label_map, record = out / f"{prefix}_labels.png", out / f"{prefix}_segments.json"
+        files = [Path(f"{stem}_{kind}.png") for stem in stems for kind in KINDS] + [label_map] * labels
+        made_with = settings | {"picture": [os.path.abspath(picture), _stamp(picture)]}
+        known = _read(record)
+        if known.get("made_with") == made_with and all(file.is_file() for file in files):
+            yield known["results"], False
+            continue
+        try:
+            image = load_image(picture)
+        except InputError as error:
+            yield error, True
+            continue
+        if segmenter is None:
+            segmenter = load_segmenter(model, device, dtype="float32")  # the same masks on every machine
+            conditions = segmenter.conditions(prompts)
+            floors = segmenter.conditions(background) if background else None
+        segmenter.set_image(image)
+        maps, results = segmenter.maps(conditions), []
+        try:
+            record.unlink(missing_ok=True)
+            for name, stem in zip(names, stems):
+                found = _written(stem, image, next(maps), 0.5 if threshold is None else threshold)
+                results.append({"picture": str(picture), "prompt": name, "files": f"{stem.name}_*.png"} | found)
+            if labels:
+                colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
+                indices = segmenter.label_map(conditions, floors, threshold).astype(np.uint8)
+                write_png(label_map, indices, palette=[(0, 0, 0), *map(ImageColor.getrgb, colours)])
+                for label, (found, colour) in enumerate(zip(results, colours), start=1):
+                    found |= {"label": label, "colour": colour}
+            with written_whole(record) as temporary:
+                temporary.write_text(json.dumps({"made_with": made_with, "results": results}, indent=1))
+        except OSError as error:
+            raise InputError(f"cannot write to '{out}' ({error.strerror or error}): give another --out") from error
+        yield results, True
+
+
+def _written(stem, image, probability, threshold):
+    """Write a prompt's three pictures. Returns its area (share of the picture), box (x, y, width, height in pixels, or
+    None), highest_probability, and mask in COCO's compressed run-length encoding."""
+    mask = (probability > threshold).view(np.uint8)
+    write_png(f"{stem}_probability.png", probability, lambda rows: (rows * 65535).round().astype(np.uint16))
+    write_png(f"{stem}_mask.png", mask, lambda rows: rows * np.uint8(255))
+    write_png(f"{stem}_overlay.png", overlay(image, probability))
+    runs = coco.encode(cv2.transpose(mask).T)  # column by column, as COCO has it
+    area = int(coco.area(runs))
+    return {
+        "area": area / mask.size,
+        "box": list(cv2.boundingRect(mask)) if area else None,
+        "highest_probability": round(float(probability.max()), 6),
+        "mask": {"size": runs["size"], "counts": runs["counts"].decode("ascii")},
+    }
+
+
+def _read(record):
+    """A record of `segment`, or {} if there is none that can be read."""
+    try:
+        known = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _stamp(path):
+    """What changes when a file, or a file in a folder, is written anew: sizes and times of all, [] if there are none."""
+    paths = sorted(Path(path).rglob("*")) if os.path.isdir(path) else [path]
+    return [[os.stat(p).st_size, os.stat(p).st_mtime_ns] for p in paths if os.path.isfile(p)]
+
+
+def _cut(text, size):
+    """The text in `size` bytes at most: of a longer one the beginning and a digest."""
+    raw = os.fsencode(text)
+    return text if len(raw) <= size else f"{raw[: size - 9].decode(errors='ignore')}-{sha256(raw).hexdigest()[:8]}"
