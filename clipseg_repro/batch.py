@@ -31,8 +31,9 @@ NAME_BYTES, WORDS_BYTES = 140, 80  # in file names, which file systems limit to 
 def pictures_and_words(arguments, prompts, out):
     """Sort a command's arguments: (paths of pictures, words). What exists is a picture, or a folder of pictures.
 
-    Of a folder, the pictures directly in it that Pillow knows by their suffix, sorted. `prompts` follow the words. Raises
-    InputError for a folder without pictures, for what looks like a path and does not exist, and for a picture as prompt."""
+    Of a folder, the pictures directly in it that Pillow knows by their suffix, sorted. `prompts` follow the words.
+    Raises InputError for a folder without pictures, for what looks like a path and does not exist, and for a picture as
+    prompt."""
     Image.init()
     kinds = {kind for kind in Image.OPEN if Image.MIME.get(kind, "").startswith("image/")}
     suffixes = {suffix for suffix, kind in Image.EXTENSION.items() if kind in kinds}
@@ -63,7 +64,7 @@ def pictures_and_words(arguments, prompts, out):
 
 
 def file_names(pictures):
-    """{picture: what its files' names begin with}: its stem; where several have the same, its folder, stem and suffix."""
+    """{picture: what its files' names begin with}: its stem; of several with the same, its folder, stem and suffix."""
     names = {}
     for name in (
         lambda path: path.stem,
@@ -91,11 +92,11 @@ def segment(
 ):
     """Write NAME_N_WORDS_{probability,mask,overlay}.png to the folder `out` for each picture and prompt; a generator.
 
-    Yields, per picture, (results, new). results: one dict per prompt, as `_written` gives them, or the InputError
-    that says why the picture cannot be read. new: False where an earlier call with the same settings, model and
-    picture has written them, as NAME_segments.json tells, which is written last. support, mask: one more prompt.
-    labels: also write the label map NAME_labels.png, whose legend is in the results. background, model, device and
-    threshold are those of `load_segmenter` and `Segmenter.label_map`; masks are where the probability exceeds 0.5 if None.
+    Yields, per picture, (results, new). results: one dict per prompt, as `_written` gives them, or the InputError that
+    says why the picture cannot be read. new: False where an earlier call with the same settings, model and picture has
+    written them, as NAME_segments.json tells, which is written last. support, mask: one more prompt. labels: also write
+    the label map NAME_labels.png, whose legend is in the results. background, model, device and threshold are those of
+    `load_segmenter` and `Segmenter.label_map`; masks are where the probability exceeds 0.5 if None.
     """
     prompts = [*words, *([VisualPrompt(support, mask)] if support else [])]
     names = [*words, *([f"like {support.stem}"] if support else [])]
@@ -179,7 +180,7 @@ def _read(record):
 
 
 def _stamp(path):
-    """What changes when a file, or a file in a folder, is written anew: sizes and times of all, [] if there are none."""
+    """What changes when a file, or one in a folder, is written anew: sizes and times of all, [] if there are none."""
     paths = sorted(Path(path).rglob("*")) if os.path.isdir(path) else [path]
     return [[os.stat(p).st_size, os.stat(p).st_mtime_ns] for p in paths if os.path.isfile(p)]
 

@@ -77,7 +77,7 @@ def segment(
         list[str],
         typer.Argument(
             metavar="PICTURES... [WORDS]...",
-            help='Pictures or folders of pictures, and what to look for, each in quotes: "a cat" "something to sit on".',
+            help='Pictures or folders of them, and what to look for, each in quotes: "a cat" "something to sit on".',
         ),
     ],
     prompt: Annotated[list[str] | None, typer.Option(help="More words; may be repeated.")] = None,
@@ -152,8 +152,8 @@ def segment(
 
 @data.command("build")
 def data_build(scale: ScaleOption = ScaleName.mini):
-    """Generate the mini data sets, or repair them; at paper scale, see that the real ones are there. Goes on where it was
-    stopped."""
+    """Generate the mini data sets, or repair them; at paper scale, see that the real ones are there. Goes on where it
+    was stopped."""
     chosen = get_scale(scale)
     chosen.prepare()
     typer.echo(f"The data are in {chosen.phrasecut}")

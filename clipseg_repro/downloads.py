@@ -18,12 +18,12 @@ TIMEOUT = 30  # seconds without an answer
 FOREIGN = {
     rb"$": "empty",
     rb"version https://git-lfs": "a Git LFS pointer; `git lfs pull` in its repository gets the file itself",
-    rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)?<(!doctype|html|head|\?xml)": "a web page, as sites send for an error or a log-in",
+    rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)?<(!doctype|html|head|\?xml)": "a web page, as sent for errors or log-ins",
 }
 
 
 def foreign_content(path):
-    """What a file of weights, archive or JSON is, as "a web page", where its content tells that it cannot be one; else None."""
+    """What stands in place of a file of weights, archive or JSON, as "a web page", by its content; None if nothing."""
     with path.open("rb") as file:
         start = file.read(1 << 16)
     for beginning, name in FOREIGN.items():
@@ -43,8 +43,9 @@ def foreign_content(path):
 def download(url, path, otherwise):
     """Fetch `url` to the file `path`, whose folder is made if missing.
 
-    What has arrived is kept beside it as `<name>.part`; the next call asks the server for the rest. Raises InputError if
-    the server cannot be reached, refuses, or sends less than it announced; `otherwise` advises what to do without the file.
+    What has arrived is kept beside it as `<name>.part`; the next call asks the server for the rest. Raises InputError
+    if the server cannot be reached, refuses, or sends less than it announced; `otherwise` advises what to do without
+    the file.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.part")

@@ -20,9 +20,10 @@ def load_image(image):
     """An image as an (H, W, 3) uint8 RGB array.
 
     `image` is a path, a PIL image of any mode or an (H, W), (H, W, 3) or (H, W, 4) array. EXIF rotation is applied and
-    transparency laid over white. Bytes are taken as they are, other types by their range: bools and floats in [0, 1] are
-    scaled by 255, integers above 255 are 16-bit, other numbers in [0, 255] are rounded. Raises InputError for anything
-    else, for files that are missing, damaged or no image, and for fewer than 2 x 2 or more than MAX_PIXELS pixels.
+    transparency laid over white. Bytes are taken as they are, other types by their range: bools and floats in [0, 1]
+    are scaled by 255, integers above 255 are 16-bit, other numbers in [0, 255] are rounded. Raises InputError for
+    anything else, for files that are missing, damaged or no image, and for fewer than 2 x 2 or more than MAX_PIXELS
+    pixels.
     """
     if isinstance(image, np.ndarray):
         if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
@@ -145,8 +146,8 @@ def _bytes(values, name):
     white = _white(values)
     if white is None:
         raise InputError(
-            f"{name} has values from {values.min():g} to {values.max():g}, type {values.dtype}: scale floats to [0, 1] or "
-            "[0, 255], integers to 8 or 16 bits"
+            f"{name} has values from {values.min():g} to {values.max():g}, type {values.dtype}: scale floats to "
+            "[0, 1] or [0, 255], integers to 8 or 16 bits"
         )
     if values.dtype == np.uint8:
         return np.ascontiguousarray(values)

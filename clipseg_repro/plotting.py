@@ -137,7 +137,8 @@ def curves(frame, x, ys, xlabel=None, ylabel=None, marks=None, log=False):
     """Columns `ys` of a table against its column `x`.
 
     ys: column names, or {column: label}. A band is drawn where the table also has `<column>_low` and `<column>_high`.
-    marks: {label: value} of horizontal lines to compare with, such as the paper's figures. log: logarithmic x, ticks at its values.
+    marks: {label: value} of horizontal lines to compare with, such as the paper's figures. log: logarithmic x, ticks at
+    its values.
     """
     labels = ys if isinstance(ys, dict) else {y: y for y in ys}
     _check_columns(frame, [x, *labels], "curves")

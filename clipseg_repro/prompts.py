@@ -2,7 +2,8 @@
 
 A recipe turns a support image and its mask into the input of CLIP's image tower. As in the released code, the image is
 first resized to the model's input size (aspect ratio not kept) and normalised; the recipe works on that. The released
-lengths (blur of 15 x 15 with sigma 3, outline of thickness 5) hold at 352 px and are scaled in proportion at other sizes.
+lengths (blur of 15 x 15 with sigma 3, outline of thickness 5) hold at 352 px and are scaled in proportion at other
+sizes.
 """
 
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Recipe:
     attention: tuple[str, str] | None = None
 
     def apply(self, pixels, mask):
-        """The engineered image: (3, S, S) float32, from ImageNet-normalised `pixels` (3, S, S) and a bool `mask` (S, S).
+        """The engineered image, (3, S, S) float32, of ImageNet-normalised `pixels` (3, S, S) and bool `mask` (S, S).
 
         Equals the released `img_preprocess` at S = 352.
         """
@@ -133,8 +134,8 @@ class Mix:
 
 
 def interpolate(text, visual, weight):
-    """A prompt between `text` and `visual`: x = a * s + (1 - a) * t (paper, section 3), with `weight` a in [0, 1] the share
-    of the visual prompt. Either may be a condition tensor instead."""
+    """A prompt between `text` and `visual`: x = a * s + (1 - a) * t (paper, section 3), with `weight` a in [0, 1] the
+    share of the visual prompt. Either may be a condition tensor instead."""
     if not isinstance(text, (str, torch.Tensor)):
         raise InputError(f"interpolate: text of type {type(text).__name__}: give a phrase or a condition tensor")
     if not isinstance(visual, (VisualPrompt, torch.Tensor)):
@@ -153,8 +154,8 @@ def checked_share(value, name):
 
 
 def input_size(image_processor):
-    """The side in pixels of the square images that the processor makes. Released weights: 352, read here and not from the
-    model's config, whose 224 is the size CLIP was pre-trained at."""
+    """The side in pixels of the square images that the processor makes. Released weights: 352, read here and not from
+    the model's config, whose 224 is the size CLIP was pre-trained at."""
     size = dict(image_processor.size)
     if size.get("height") is None or size.get("height") != size.get("width"):
         raise InputError(f"image processor of size {size}: the decoder needs square inputs, set height = width")
@@ -162,8 +163,8 @@ def input_size(image_processor):
 
 
 def to_pixels(images, image_processor):
-    """Images, (H, W, 3) uint8 each, as one (B, 3, S, S) float32 batch: resized to the processor's size without keeping the
-    aspect ratio, and normalised."""
+    """Images, (H, W, 3) uint8 each, as one (B, 3, S, S) float32 batch: resized to the processor's size without keeping
+    the aspect ratio, and normalised."""
     batch = image_processor(list(images), input_data_format="channels_last", return_tensors="pt")
     return batch["pixel_values"].float()
 
@@ -189,7 +190,7 @@ def _blur(pixels):
 
 
 def _crop_to_square(pixels, mask, context):
-    """Crop to the mask's box with context, pad with zeros (the mean colour) to a square, resize (nearest) to the old size."""
+    """Crop to the mask's box with context, pad with zeros (the mean colour) to a square, resize it back (nearest)."""
     size = pixels.shape[-1]
     (top, bottom), (left, right) = (_span(mask.any(axis), context, size) for axis in (1, 0))
     crop = pixels[:, top:bottom, left:right]

@@ -23,8 +23,9 @@ def load_segmenter(source="mini", device=None, dtype=None, clip=CLIP):
     """A Segmenter of `source`: "mini", a Hub id, a save_pretrained folder or one of the authors' .pth files, whose CLIP
     comes from `clip` (see `models.load_model`).
 
-    device: None picks CUDA, then MPS, then the CPU. dtype: None picks bfloat16 where the device has units for it (CUDA, CPU),
-    else float32; results that must be the same on every machine name float32. Both take torch's objects or their names ("cpu", "float32").
+    device: None picks CUDA, then MPS, then the CPU. dtype: None picks bfloat16 where the device has units for it (CUDA,
+    CPU), else float32; results that must be the same on every machine name float32. Both take torch's objects or their
+    names ("cpu", "float32").
     """
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
@@ -34,10 +35,10 @@ def load_segmenter(source="mini", device=None, dtype=None, clip=CLIP):
 class Segmenter:
     """Segments images by text, by example, by a mix of both, or by a condition tensor.
 
-    A prompt is a phrase (str), a VisualPrompt, a result of `interpolate`, or a tensor (P,), with P the model's projection_dim.
-    Wherever `prompts` is asked for, a list of K prompts, a (K, P) tensor, or a single prompt (K = 1) will do.
-    `model` and `processor` are the transformers objects. device and dtype: as `load_segmenter` takes them, but None leaves
-    the model where and as it is. Errors are InputErrors.
+    A prompt is a phrase (str), a VisualPrompt, a result of `interpolate`, or a tensor (P,), with P the model's
+    projection_dim. Wherever `prompts` is asked for, a list of K prompts, a (K, P) tensor, or a single prompt (K = 1)
+    will do. `model` and `processor` are the transformers objects. device and dtype: as `load_segmenter` takes them, but
+    None leaves the model where and as it is. Errors are InputErrors.
     """
 
     def __init__(self, model, processor, device=None, dtype=None):
@@ -55,8 +56,8 @@ class Segmenter:
         return self.model.device
 
     def set_image(self, image):
-        """Set the query image: path, PIL image of any mode, or (H, W, 3) array, as `load_image` reads it. The encoder runs
-        here, once, and only up to the deepest layer that the decoder reads."""
+        """Set the query image: path, PIL image of any mode, or (H, W, 3) array, as `load_image` reads it. The encoder
+        runs here, once, and only up to the deepest layer that the decoder reads."""
         image = load_image(image)
         pixels = to_pixels([image], self.processor.image_processor)
         self._activations = encode(self.model, pixels.to(self.model.device, self.model.dtype))
@@ -70,7 +71,8 @@ class Segmenter:
         return maps[0] if len(maps) == 1 else np.concatenate(maps)
 
     def maps(self, prompts):
-        """An iterator over what `predict` gives, (H, W) float32 each: K maps of a large picture need much memory at once."""
+        """An iterator over what `predict` gives, (H, W) float32 each: K maps of a large picture need much memory at
+        once."""
         return map(lambda probability: probability.cpu().numpy(), self._maps(self.conditions(prompts)))
 
     def logits(self, prompts):
@@ -80,8 +82,8 @@ class Segmenter:
     def label_map(self, classes, background=None, threshold=None):
         """One multi-class map, (H, W) int64 array: i + 1 where classes[i] is the most probable, 0 for background.
 
-        Background is where a prompt of `background` (one or a list) beats every class, or where no class exceeds `threshold` (default 0.5
-        without a background prompt, none with one)."""
+        Background is where a prompt of `background` (one or a list) beats every class, or where no class exceeds
+        `threshold` (default 0.5 without a background prompt, none with one)."""
         classes = self.conditions(classes)
         best = torch.full(self._query_size(), 0.0 if background is not None else 0.5, device=self.device)
         if threshold is not None:
@@ -98,8 +100,8 @@ class Segmenter:
 
     @torch.no_grad()
     def conditions(self, prompts):
-        """Condition vectors, (K, P) float32 tensor. Text embeddings are cached; to reuse a visual prompt's, keep the result
-        and pass it in its place."""
+        """Condition vectors, (K, P) float32 tensor. Text embeddings are cached; to reuse a visual prompt's, keep the
+        result and pass it in its place."""
         prompts = _as_list(prompts)
         parts = [part for prompt in prompts for part in _parts(prompt)]
         vectors = self._embed_texts(dict.fromkeys(part for part in parts if isinstance(part, str)))
@@ -189,5 +191,5 @@ def _parts(prompt):
     if isinstance(prompt, (str, VisualPrompt, torch.Tensor)):
         return (prompt,)
     raise InputError(
-        f"prompt of type {type(prompt).__name__}: give a phrase, VisualPrompt(image, mask), interpolate(...) or a tensor"
+        f"prompt of type {type(prompt).__name__}: give a phrase, a VisualPrompt, interpolate(...) or a tensor"
     )

@@ -19,8 +19,8 @@ PROMPTS = ("a cat", "a remote", "a blanket")
 TOLERANCE = 1e-3
 NO_ANSWER = "no known answer for this decoder, only for the refined one with D = 64"
 
-# From the tests of Hugging Face's port: the first rows of what it gives for PROMPTS. The logits are those of D = 64 with the
-# refined head; the embeddings are CLIP's, and so the same for every released decoder.
+# From the tests of Hugging Face's port: the first rows of what it gives for PROMPTS. The logits are those of D = 64
+# with the refined head; the embeddings are CLIP's, and so the same for every released decoder.
 CORNER = [[-7.4613, -7.4785, -7.3628], [-7.3268, -7.0899, -7.1333], [-6.9838, -6.7900, -6.8913]]
 EXPECTED = {
     "conditional_embeddings[0, :3]": [0.5601, -0.0314, 0.1980],
@@ -45,9 +45,9 @@ class Check(NamedTuple):
 def verify(source, image=None):
     """The Checks of the model at `source` (see `models.load_model`), in float32 on the CPU.
 
-    `image` is the path of COCO val2017 000000039769.jpg; None fetches it. transformers' own call, as documented, gives the
-    tensors of EXPECTED; this package's Segmenter gives the logits once more. Of a file, the first says whether it is one of the
-    authors' three. Raises InputError as loading and fetching do.
+    `image` is the path of COCO val2017 000000039769.jpg; None fetches it. transformers' own call, as documented, gives
+    the tensors of EXPECTED; this package's Segmenter gives the logits once more. Of a file, the first says whether it
+    is one of the authors' three. Raises InputError as loading and fetching do.
     """
     picture = load_image(image) if image else _fetched_image()
     model, processor = load_model(source)

@@ -100,7 +100,8 @@ def spread(model):
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    """A save_pretrained folder: 112 px, patches of 8, 4 blocks of width 64, decoder of width 64, condition of width 48."""
+    """A save_pretrained folder: 112 px, patches of 8, 4 blocks of width 64, decoder of width 64, condition of width
+    48."""
     folder = tmp_path_factory.mktemp("tiny") / "clipseg"
     processor = tiny_processor()
     random_model(tiny_config(processor.tokenizer)).save_pretrained(folder)

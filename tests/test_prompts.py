@@ -113,7 +113,8 @@ def test_training_templates_are_the_released_ones():
 
 
 def recipe_case(name):
-    """(3, 352, 352) noise and a mask: an object inside, one of two parts with a hole along the border, a single pixel."""
+    """(3, 352, 352) noise and a mask: an object inside, one of two parts with a hole along the border, a single
+    pixel."""
     pixels = np.random.default_rng(1).normal(size=(3, 352, 352)).astype(np.float32).clip(-2, 2)
     mask = torch.zeros(352, 352, dtype=torch.bool)
     if name == "inside":
@@ -169,8 +170,8 @@ def masking_case():
 
 @pytest.mark.parametrize("name", RELEASED["masking"])
 def test_attention_masking_equals_the_released_one(name):
-    """`visual_forward`, one image at a time. A departure: given two images at once, the released code repeats the masks in
-    another order than the heads, so that half of the heads see the mask of the other image."""
+    """`visual_forward`, one image at a time. A departure: given two images at once, the released code repeats the masks
+    in another order than the heads, so that half of the heads see the mask of the other image."""
     model, pixels, masks = masking_case()
     embeddings = embed_images(model, pixels, masks, RECIPES[name].attention).numpy()
     np.testing.assert_allclose(embeddings[:, :8], RELEASED["masking"][name]["alone"], rtol=0, atol=1e-5)

@@ -1,4 +1,5 @@
-"""The segmenter and the pieces of the forward pass, held against transformers' CLIPSegForImageSegmentation.forward on a tiny model."""
+"""The segmenter and the pieces of the forward pass, held against transformers' CLIPSegForImageSegmentation.forward on a
+tiny model."""
 
 import io
 import json

@@ -24,7 +24,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")  # what a picture of a benchmark
 
 
 class Problems:
-    """The faults of a data set: what is wrong -> the things that have it, in the order found. `len` counts the things."""
+    """The faults of a data set: what is wrong -> the things that have it, in the order found. `len` counts things."""
 
     def __init__(self):
         self.found: dict[str, list[str]] = {}
@@ -68,7 +68,7 @@ def read_json(path: Path, kind: type, problems: Problems):
 
 
 def sift(entries: list, rules: Mapping[str, Callable], problems: Problems, file: str, key: str) -> list:
-    """The entries that keep all rules: {what is wrong: whether an entry is right}. Later rules may rely on earlier ones.
+    """The entries that keep all rules: {what is wrong: whether an entry is right}. A rule may rely on earlier ones.
 
     A problem names an entry by its `key`, or by itself where it has none. That two have the same key is a problem too.
     """

@@ -60,9 +60,9 @@ class PhraseCut:
     (`mentions_property` for Table 8). Samples are in order of image id, then as in the file. Raises one InputError
     that names everything wrong with the annotations, and one for an unknown split.
 
-    phrases: the phrase of every sample. structures: its `phrase_structure`. by_phrase: phrase -> indices of its samples.
-    by_image: image id -> indices of its samples. supported: indices of the samples whose phrase is not unique, the ones
-    the paper tests image prompts on.
+    phrases: the phrase of every sample. structures: its `phrase_structure`. by_phrase: phrase -> indices of its
+    samples. by_image: image id -> indices of its samples. supported: indices of the samples whose phrase is not unique,
+    the ones the paper tests image prompts on.
     """
 
     def __init__(self, root: str | Path, split: str, remove: Callable[[str], bool] | None = None):
@@ -101,7 +101,7 @@ class PhraseCut:
         return Sample(self._image(image_id), self._mask(i), self.phrases[i], image_id, info=info)
 
     def check_pictures(self):
-        """Read every picture's header. Raises one InputError for all that are missing, no pictures or of another size."""
+        """Read all pictures' headers. One InputError for all that are missing, no pictures or of another size."""
         problems, images = Problems(), self.folder / "images"
         check_pictures({images / f"{i}.jpg": size for i, size in self._sizes.items()}, problems, decode=False)
         problems.stop(f"PhraseCut in '{self.folder}'", REMEDY)

@@ -41,8 +41,8 @@ def measure(
 
     keep: a folder for what has been counted, written every KEEP_EVERY seconds and when the measurement stops early. The
     same call (model, data, images, label and settings) goes on from there, and removes it when it has counted all.
-    Raises InputError before the start if `dataset.check_pictures()` does, and at the end for all images whose read, work
-    or update did.
+    Raises InputError before the start if `dataset.check_pictures()` does, and at the end for all images whose read,
+    work or update did.
     """
     dataset.check_pictures()
     file = keep and Path(keep) / f"{_digest(segmenter.model, dataset, images, label, settings)}.safetensors"

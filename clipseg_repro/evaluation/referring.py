@@ -16,7 +16,7 @@ SIZE_BINS = {"small": (0.0, 0.04), "medium": (0.04, 0.12), "large": (0.12, 1.01)
 
 @dataclass
 class PhraseCutResult:
-    """Outcome of `phrasecut`. `samples`: one row per phrase (columns below); `exact`: the metric, with a group per phrase.
+    """Outcome of `phrasecut`. `samples`: one row per phrase (columns below); `exact`: the metric, a group per phrase.
 
     Columns of `samples`: index (in the data set), image_id, phrase, category (category, attribute or relation), area
     (share of the image), on_target and on_others (mean probability on the prompted object and on the image's other
@@ -145,7 +145,7 @@ def _category(structure: dict) -> str:
 
 
 def absent_phrases(segmenter, dataset, per_image: int = 3, limit: int | None = None, seed: int = 0) -> pd.DataFrame:
-    """Prompts for objects that are not there: the mean predicted area at t = 0.5 should be zero (section 3.3, negatives).
+    """Prompts for objects that are not there: the mean area at t = 0.5 should be zero (section 3.3, negatives).
 
     Draws names from the phrases about other images that nothing here goes by (`PhraseCut.may_show`).
     Columns: image_id, phrase, area (share of the image with p > 0.5), highest (largest probability).

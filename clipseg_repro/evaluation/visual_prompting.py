@@ -66,8 +66,8 @@ def visual_prompt_gain(segmenter, dataset, recipes=tuple(RECIPES), limit: int | 
 def named_things(dataset, image_id: int) -> dict[str, np.ndarray]:
     """What an image of a PhraseCut split shows, by name, in order of name: {name: (H, W) bool mask}.
 
-    A name's mask is the union of its phrases' masks. Two names with the same pixels are two words for one thing (half of
-    the smaller mask lies in the larger), which CLIP cannot be asked to tell apart: the first stands for both.
+    A name's mask is the union of its phrases' masks. Two names with the same pixels are two words for one thing (half
+    of the smaller mask lies in the larger), which CLIP cannot be asked to tell apart: the first stands for both.
     """
     masks = {}
     for i in dataset.by_image[image_id]:

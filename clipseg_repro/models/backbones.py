@@ -29,14 +29,14 @@ class Backbone(Protocol):
         """(K, P), un-normalised, of tokens (K, L)."""
 
     def joint_weight(self) -> torch.Tensor | None:
-        """(P, C): the linear part of how the deepest activations are seen in the space of the texts; None without one."""
+        """(P, C): the linear part of how the deepest activations are seen in the texts' space; None without one."""
 
 
 def _check_square(pixel_values, multiple):
     height, width = pixel_values.shape[2:]
     if height != width or height % multiple:
         raise InputError(
-            f"input of {height} x {width} px: this model takes squares whose side is a multiple of its patch size {multiple}"
+            f"input of {height} x {width} px: this model takes squares of a multiple of its patch size {multiple}"
         )
 
 
@@ -130,14 +130,16 @@ class _ClipText(nn.Module):
 class ImageNetViT(_ClipText):
     """ViTSeg's backbone (paper, section 4.2; released models/vitseg.py): a ViT trained on ImageNet, and CLIP's texts.
 
-    As released, inputs are resized to the ViT's own size (nearest), and an image's embedding is the CLS output after the
-    final norm through a linear layer that is random and stays so: everything in the ViT is frozen, this layer included.
+    As released, inputs are resized to the ViT's own size (nearest), and an image's embedding is the CLS output after
+    the final norm through a linear layer that is random and stays so: everything in the ViT is frozen, this layer
+    included.
     """
 
     def __init__(self, config):
         super().__init__(config)
         vision = config.vision_config
-        names = "hidden_size intermediate_size num_hidden_layers num_attention_heads image_size patch_size hidden_act layer_norm_eps"
+        names = "hidden_size intermediate_size num_hidden_layers num_attention_heads"
+        names += " image_size patch_size hidden_act layer_norm_eps"
         self.vit = ViTModel._from_config(
             ViTConfig(**{name: getattr(vision, name) for name in names.split()}), add_pooling_layer=False
         )
@@ -169,8 +171,8 @@ class ImageNetViT(_ClipText):
 class ClipResNet(_ClipText):
     """CLIP with a ModifiedResNet, as RN50x4. The paper did not use it.
 
-    Activations are the outputs of the stages `extract_layers`, each resampled (bilinear) to a grid of S / patch_size, with
-    its mean in place of a CLS token. Embeddings are the attention pooling's.
+    Activations are the outputs of the stages `extract_layers`, each resampled (bilinear) to a grid of S / patch_size,
+    with its mean in place of a CLS token. Embeddings are the attention pooling's.
     """
 
     def __init__(self, config):

@@ -29,9 +29,9 @@ def encode(model, pixel_values):
 def embed_images(model, pixel_values, masks=None, attention=None):
     """Image embeddings (B, P), un-normalised, of `pixel_values` (B, 3, S, S).
 
-    With `attention` (rows, layers) as in prompts.Recipe, `masks` (B, S, S) bool restricts CLIP's attention. The masks are sampled
-    to the patch grid (nearest, as released). Every image gets its own mask; the released code mixes the masks of a batch up.
-    Only CLIP's ViT can do that: of other backbones, `attention` raises InputError."""
+    With `attention` (rows, layers) as in prompts.Recipe, `masks` (B, S, S) bool restricts CLIP's attention. The masks
+    are sampled to the patch grid (nearest, as released). Every image gets its own mask; the released code mixes the
+    masks of a batch up. Only CLIP's ViT can do that: of other backbones, `attention` raises InputError."""
     return backbone(model).embed_images(pixel_values, masks, attention)
 
 
@@ -50,7 +50,7 @@ def embed_texts(model, processor, texts):
     if lengths.max() > limit:
         longest = texts[int(lengths.argmax())]
         raise InputError(
-            f"prompt '{longest[:40]}...' has {int(lengths.max())} tokens, the text tower reads at most {limit}: shorten it"
+            f"prompt '{longest[:40]}...' has {int(lengths.max())} tokens, the text tower reads at most {limit}: cut it"
         )
     tokens = {name: tokens[name].to(model.device) for name in ("input_ids", "attention_mask")}
     return backbone(model).embed_texts(**tokens)
@@ -59,8 +59,8 @@ def embed_texts(model, processor, texts):
 def decode(model, activations, conditions):
     """Logits (max(B, K), S, S) of `activations` (as from `encode`) under `conditions` (K, P).
 
-    B = K goes row by row. B = 1 puts K conditions to one image, K = 1 one condition to B images; what does not depend on the
-    condition is then computed once. Gradients flow through the decoder and to `conditions`."""
+    B = K goes row by row. B = 1 puts K conditions to one image, K = 1 one condition to B images; what does not depend
+    on the condition is then computed once. Gradients flow through the decoder and to `conditions`."""
     decoder = model.decoder
     width = model.config.projection_dim
     if conditions.ndim != 2 or conditions.shape[1] != width:
@@ -93,8 +93,9 @@ def _decoder_block(block, hidden):
 
 
 def keep_freed_memory():
-    """Make glibc keep freed blocks of up to 32 MB for the next layer, where it would return them and fault in new pages.
+    """Make glibc keep freed blocks of up to 32 MB for the next layer, and not return them and fault in new pages.
 
-    Its limits follow the largest block that was freed so far (mallopt(3), M_MMAP_THRESHOLD); elsewhere this does nothing.
+    Its limits follow the largest block that was freed so far (mallopt(3), M_MMAP_THRESHOLD); elsewhere this does
+    nothing.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed at once

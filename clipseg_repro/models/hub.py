@@ -34,7 +34,7 @@ def storage(name):
 
 
 def fetched(name, *parts):
-    """The folder of the Hub's model `name`, with files that match each of `parts`; what is in the cache is not fetched again.
+    """The folder of the Hub's model `name`, with files that match each of `parts`; what is cached is not fetched again.
 
     Raises InputError, within seconds if there is no network, for what is neither in the cache nor can be fetched.
     """
@@ -78,6 +78,6 @@ def _complaint(name, cached, parts, error):
         advice = "check the disk" if getattr(error, "errno", None) else "check the network"
     reason = (str(error).strip().splitlines() or [""])[0]
     return (
-        f"model '{name}' is no folder, {where}, and could not be fetched from {ENDPOINT} ({type(error).__name__}: {reason}): "
-        f"{advice}, or {besides}"
+        f"model '{name}' is no folder, {where}, and could not be fetched from {ENDPOINT} "
+        f"({type(error).__name__}: {reason}): {advice}, or {besides}"
     )

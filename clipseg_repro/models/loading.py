@@ -37,12 +37,13 @@ def load_model(source="mini", clip=CLIP, pretrained=True):
     """(one of variants.MODELS in float32 and eval mode, CLIPSegProcessor).
 
     `source` is "mini" (shipped with the package), a folder written by `save_pretrained`, a Hub id such as
-    "CIDAS/clipseg-rd64-refined", or a file: one of the authors' `.pth` files, or the image tower of ViTSeg or of RN50x4 as a
-    safetensors file, which the Hub ids of towers.FILES stand for too. The authors' files hold the decoder only: `clip`, a Hub id
-    or a `save_pretrained` folder of a CLIPModel and its tokenizer, gives the rest. It gives ViTSeg's text tower and RN50x4's tokenizer
-    too, whose decoders are untrained; no other source reads it. `pretrained=False` keeps the architecture and draws all weights at random,
-    the same in every call ("no CLIP pre-training" in the paper's Table 9). A model that is in the Hub's cache is not
-    fetched again. Raises InputError if a source is unknown, damaged, not sound (see `soundness`) or another architecture.
+    "CIDAS/clipseg-rd64-refined", or a file: one of the authors' `.pth` files, or the image tower of ViTSeg or of RN50x4
+    as a safetensors file, which the Hub ids of towers.FILES stand for too. The authors' files hold the decoder only:
+    `clip`, a Hub id or a `save_pretrained` folder of a CLIPModel and its tokenizer, gives the rest. It gives ViTSeg's
+    text tower and RN50x4's tokenizer too, whose decoders are untrained; no other source reads it. `pretrained=False`
+    keeps the architecture and draws all weights at random, the same in every call ("no CLIP pre-training" in the
+    paper's Table 9). A model that is in the Hub's cache is not fetched again. Raises InputError if a source is unknown,
+    damaged, not sound (see `soundness`) or another architecture.
     """
     if source == "mini" and not (MINI / "model.safetensors").is_file():
         raise InputError(
@@ -119,8 +120,8 @@ def _kind(path, kinds):
 
 
 def _read_segmentation(folder):
-    # by class: folders of older transformers name a ViTFeatureExtractor, and where torchvision is installed, transformers
-    # would resize with it, to slightly other pixels
+    # by class: folders of older transformers name a ViTFeatureExtractor, and where torchvision is installed,
+    # transformers would resize with it, to slightly other pixels
     pixels, tokenizer = ViTImageProcessorPil.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder)
     return _read_model(MODELS[_kind(folder, MODELS)], folder), CLIPSegProcessor(pixels, tokenizer)
 

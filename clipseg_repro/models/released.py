@@ -1,7 +1,8 @@
 """The weights that the authors released with their code (timojl/clipseg): rd64-uni, rd64-uni-refined and rd16-uni.
 
-Each `.pth` file is the decoder of their class CLIPDensePredT without CLIP, some in half precision. Here are its keys, and
-the archive that holds the three. What shapes cannot tell (layers read, heads) is as in the Hub's configs of the same weights.
+Each `.pth` file is the decoder of their class CLIPDensePredT without CLIP, some in half precision. Here are its keys,
+and the archive that holds the three. What shapes cannot tell (layers read, heads) is as in the Hub's configs of the
+same weights.
 """
 
 import hashlib
@@ -25,8 +26,8 @@ FILES = {  # name -> SHA-256
 }
 # The archive's address has been dead for months at a time; the Hub has the same weights.
 ON_THE_HUB = (
-    "give CIDAS/clipseg-rd64, CIDAS/clipseg-rd64-refined or CIDAS/clipseg-rd16 as the model, which are the same weights "
-    "on the Hub"
+    "give CIDAS/clipseg-rd64, CIDAS/clipseg-rd64-refined or CIDAS/clipseg-rd16 as the model, which are the same "
+    "weights on the Hub"
 )
 AGAIN = f"fetch them again (clipseg-repro data weights), or {ON_THE_HUB}"
 
@@ -43,8 +44,8 @@ UNUSED = {
 def read_decoder(path):
     """(options, tensors) of a released `.pth` file, which is read as data and never executed.
 
-    options: what the shapes say, as keywords of CLIPSegConfig. tensors: float32, named as in transformers' CLIPSegDecoder.
-    Raises InputError for a file that is damaged, would execute code, or is not such a decoder.
+    options: what the shapes say, as keywords of CLIPSegConfig. tensors: float32, named as in transformers'
+    CLIPSegDecoder. Raises InputError for a file that is damaged, would execute code, or is not such a decoder.
     """
     released = _open(path)
     refined = "trans_conv.0.weight" in released
@@ -67,15 +68,16 @@ def read_decoder(path):
 
 
 def renamed(state, names, unused, complaint, files):
-    """The tensors of `state` in float32 under our names: {theirs: [ours, ...]}, where each of several has an equal part of
-    the rows. Keys that match `unused` are left out; InputError, beginning with `complaint`, lists others, and what is missing.
+    """The tensors of `state` in float32 under our names: {theirs: [ours, ...]}, where each of several has an equal part
+    of the rows. Keys that match `unused` are left out; InputError, beginning with `complaint`, lists others, and what
+    is missing.
     """
     missing = sorted(names.keys() - state.keys())
     unexpected = sorted(k for k in state.keys() - names.keys() if not any(re.fullmatch(u, k) for u in unused))
     if missing or unexpected:
         raise InputError(
-            f"{complaint}: {_listed('missing', missing)}, {_listed('unexpected', unexpected)}: give one of the published "
-            f"files ({', '.join(files)})"
+            f"{complaint}: {_listed('missing', missing)}, {_listed('unexpected', unexpected)}: give one of the "
+            f"published files ({', '.join(files)})"
         )
     tensors = {}
     for theirs, ours in names.items():
@@ -129,8 +131,8 @@ def _open(path):
     table = isinstance(content, dict) and all(isinstance(key, str) for key in content)
     if not table or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise InputError(
-            f"weights '{path}' hold a {type(content).__name__} that is no plain table of named tensors: give one of the "
-            f"authors' files ({', '.join(FILES)})"
+            f"weights '{path}' hold a {type(content).__name__} that is no plain table of named tensors: give one of "
+            f"the authors' files ({', '.join(FILES)})"
         )
     return content
 
@@ -143,8 +145,9 @@ def authors_name(path):
 
 
 def fetch_weights(folder):
-    """The paths of the authors' three files in `folder`, fetched if they are not all there with the known checksums; goes on
-    where it was stopped. Raises InputError without network and for an archive that is damaged, unsafe or not theirs."""
+    """The paths of the authors' three files in `folder`, fetched if they are not all there with the known checksums;
+    goes on where it was stopped. Raises InputError without network and for an archive that is damaged, unsafe or not
+    theirs."""
     folder = Path(folder)
     paths = [folder / name for name in FILES]
     if not all(path.is_file() and authors_name(path) == path.name for path in paths):
@@ -158,8 +161,8 @@ def fetch_weights(folder):
             reason = error if isinstance(error, InputError) else f"it is {damage}"
             archive.unlink()  # then the next run fetches it afresh
             raise InputError(
-                f"archive '{archive}' is not what the authors published at {ARCHIVE}: {reason}; nothing was extracted: run the "
-                f"same command to fetch it again, or {ON_THE_HUB}"
+                f"archive '{archive}' is not what the authors published at {ARCHIVE}: {reason}; nothing was extracted: "
+                f"run the same command to fetch it again, or {ON_THE_HUB}"
             ) from None
         try:
             for path in paths:

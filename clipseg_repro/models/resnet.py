@@ -66,7 +66,7 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """Three convolutions and a pool (stride 4), then stages of bottlenecks, then attention pooling to `outputs` numbers.
+    """Three convolutions and a pool (stride 4), stages of bottlenecks, then attention pooling to `outputs` numbers.
 
     Stage i has blocks[i] bottlenecks, strides[i], and 4 * width * 2**i channels.
     """

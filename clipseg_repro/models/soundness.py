@@ -11,7 +11,7 @@ from clipseg_repro.prompts import input_size
 
 
 def check_model(source, model, processor):
-    """Raises InputError, which names the first fault, for a model of variants.MODELS or its processor that is not sound."""
+    """Raises InputError, with the first fault, for a model of variants.MODELS or a processor that is not sound."""
     config, pixels = model.config, processor.image_processor
     vision, read = config.vision_config, list(config.extract_layers)
     depth = len(getattr(vision, "stages", ())) or vision.num_hidden_layers
@@ -32,13 +32,13 @@ def check_model(source, model, processor):
         ),
         (
             all(layer in range(depth) for layer in read),
-            f"extract_layers {read} are not all among its {depth} layers, which count from 0: give a model with as many, or "
-            "correct config.json",
+            f"extract_layers {read} are not all among its {depth} layers, which count from 0: give a model with as "
+            "many, or correct config.json",
         ),
         (
             config.conditional_layer in range(len(read)),
-            f"conditional_layer {config.conditional_layer} is none of its decoder's {len(read)} layers, which count from "
-            "0: correct config.json",
+            f"conditional_layer {config.conditional_layer} is none of its decoder's {len(read)} layers, which count "
+            "from 0: correct config.json",
         ),
         (
             isinstance(size, int) and size > 0 and size % vision.patch_size == 0,
@@ -46,8 +46,8 @@ def check_model(source, model, processor):
         ),
         (
             size == getattr(config, "input_size", size),
-            f"its processor makes images of {size} px, the model takes {getattr(config, 'input_size', size)}: correct the "
-            "processor",
+            f"its processor makes images of {size} px, the model takes {getattr(config, 'input_size', size)}: correct "
+            "the processor",
         ),
         (
             all(s.shape == (3,) and np.isfinite(s).all() for s in statistics) and (statistics[1] > 0).all(),
@@ -86,5 +86,5 @@ def check_stored_types(folder, model):
     )
     if wrong:
         raise InputError(
-            f"model folder '{folder}' stores {len(wrong)} weights as no floating-point numbers {wrong[:3]}: save it again"
+            f"model folder '{folder}' stores {len(wrong)} weights as integers or the like {wrong[:3]}: save it again"
         )

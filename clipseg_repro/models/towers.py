@@ -1,7 +1,7 @@
 """Image towers as others published them, read from their safetensors files: timm's ViT and open_clip's copy of RN50x4.
 
-Every key is accounted for: used, known to be unused, or an error that lists what is missing and what is unexpected. Sizes are
-read off the shapes.
+Every key is accounted for: used, known to be unused, or an error that lists what is missing and what is unexpected.
+Sizes are read off the shapes.
 """
 
 import math
@@ -49,8 +49,8 @@ TEXT_BLOCK = {  # OpenAI -> transformers' CLIP text tower
 
 
 def read_tower(path):
-    """(kind, options, tensors) of a file: kind "vitseg" or "clipseg-resnet", its config's options, and float32 weights as
-    its backbone names them; of a ViT only those below `vit.`. Raises InputError for any other file."""
+    """(kind, options, tensors) of a file: kind "vitseg" or "clipseg-resnet", its config's options, and float32 weights
+    as its backbone names them; of a ViT only those below `vit.`. Raises InputError for any other file."""
     try:
         state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -67,7 +67,7 @@ def read_tower(path):
                     f"weights '{path}' are incomplete: they lack what tells the sizes ({error}): {AGAIN}"
                 ) from None
     raise InputError(
-        f"weights '{path}' are neither a ViT of timm nor a CLIP ResNet of open_clip: give the files of {', '.join(FILES)}"
+        f"weights '{path}' are neither a ViT of timm nor a CLIP ResNet of open_clip: give those of {', '.join(FILES)}"
     )
 
 

@@ -1,7 +1,7 @@
 """The baselines, and CLIPSeg on another backbone: transformers models like CLIPSeg, saved and loaded in the same way.
 
-Each is a config (its model_type is the name in experiments.yaml), a backbone and a decoder. A decoder has the parts that
-`models.decode` calls, so that it, Segmenter, protocols and training drive all of them.
+Each is a config (its model_type is the name in experiments.yaml), a backbone and a decoder. A decoder has the parts
+that `models.decode` calls, so that it, Segmenter, protocols and training drive all of them.
 """
 
 from torch import nn
@@ -26,8 +26,9 @@ class ViTSegConfig(CLIPSegConfig):
 
 
 class ResNetVisionConfig(CLIPSegVisionConfig):
-    """Defaults are RN50x4's. `patch_size` is that of the grid to which the stages are resampled, `hidden_size` the width
-    of the last stage, 4 * width * 2**(len(stages) - 1), and `num_attention_heads` those of the attention pooling."""
+    """Defaults are RN50x4's. `patch_size` is that of the grid to which the stages are resampled, `hidden_size` the
+    width of the last stage, 4 * width * 2**(len(stages) - 1), and `num_attention_heads` those of the attention
+    pooling."""
 
     model_type = "clipseg_resnet_vision_model"
     stages: list[int] | tuple[int, ...] = (4, 6, 10, 6)
@@ -85,7 +86,7 @@ class ClipSegResNetDecoder(CLIPSegDecoder):
 
 
 class ClipDeconv(CLIPSegForImageSegmentation):
-    """CLIP-Deconv (paper, section 4.2; released CLIPDenseBaseline): one layer of CLIP, FiLM, an MLP, a deconvolution."""
+    """CLIP-Deconv (paper, section 4.2; released CLIPDenseBaseline): a layer of CLIP, FiLM, an MLP, a deconvolution."""
 
     config: ClipDeconvConfig
 
@@ -148,7 +149,8 @@ def backbone(model) -> Backbone:
 
 
 def adapted(model, kind: str):
-    """`model` as one of MODELS[kind] on the same backbone; a CLIP-Deconv made of a CLIPSeg reads its deepest layer and is untrained.
+    """`model` as one of MODELS[kind] on the same backbone; a CLIP-Deconv made of a CLIPSeg reads its deepest layer and
+    is untrained.
 
     Raises InputError where the backbone is of another kind."""
     found = model.config.model_type

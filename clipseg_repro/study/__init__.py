@@ -1,1 +1,2 @@
-"""The study: `scales` (where things are), `results` (tables, figures, provenance), `runner` (the notebooks, headlessly)."""
+"""The study: `scales` (where things are), `results` (tables, figures, provenance), `runner` (the notebooks,
+headlessly)."""

@@ -35,8 +35,8 @@ class Scale:
     build: Callable[[Path, int], None] | None = None  # writes VGPhraseCut_v0 into a folder; None: the user fetches it
 
     def prepare(self):
-        """Make sure that the data are there: generate them where the scale can (idempotent, resumes after a kill, repairs
-        what is damaged).
+        """Make sure that the data are there: generate them where the scale can (idempotent, resumes after a kill,
+        repairs what is damaged).
 
         Raises InputError where they must be fetched and are not there. What is there is not checked: `data check` does.
         """
@@ -46,8 +46,8 @@ class Scale:
             self.build(self.phrasecut.parent, self.seed)
         elif missing := missing_parts(self.phrasecut):
             raise InputError(
-                f"no PhraseCut data in '{self.phrasecut}' (missing: {', '.join(missing)}): fetch them as data/README.md "
-                "says, or set CLIPSEG_REPRO_DATA to the folder that holds them; then check them with "
+                f"no PhraseCut data in '{self.phrasecut}' (missing: {', '.join(missing)}): fetch them as "
+                "data/README.md says, or set CLIPSEG_REPRO_DATA to the folder that holds them; then check them with "
                 f"clipseg-repro data check phrasecut --scale {self.name}"
             )
 

@@ -160,7 +160,8 @@ ALL_ATTENTION_FUNCTIONS.register("plain", plain_attention)
 
 @contextmanager
 def fast_attention(*modules):
-    """Train transformers modules with `plain_attention`: a CPU takes several times as long for the fused one's backward."""
+    """Train transformers modules with `plain_attention`: a CPU takes several times as long for the fused one's
+    backward."""
     configs = [m.config for module in modules for m in module.modules() if hasattr(m, "config")]
     before = [config._attn_implementation for config in configs]
     try:

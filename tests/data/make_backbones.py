@@ -1,10 +1,12 @@
-"""Writes backbones.json: figures of timm, open_clip and the authors' baselines on the inputs of tests/models/test_backbones.py.
+"""Writes backbones.json: figures of timm, open_clip and the authors' baselines on the inputs of
+tests/models/test_backbones.py.
 
     PYTHONPATH=. python tests/data/make_backbones.py CLIPSEG
 
 CLIPSEG is a checkout of timojl/clipseg; timm and open_clip are installed beside the project (not by it: they need
-torchvision). timm's and open_clip's own classes are run, in small sizes, with random weights by their own names. Of the authors'
-CLIPDenseBaseline and VITDensePredT the decoders are run: their towers are stand-ins that give the test's activations.
+torchvision). timm's and open_clip's own classes are run, in small sizes, with random weights by their own names. Of the
+authors' CLIPDenseBaseline and VITDensePredT the decoders are run: their towers are stand-ins that give the test's
+activations.
 """
 
 import json

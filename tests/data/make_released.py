@@ -3,9 +3,9 @@
     PYTHONPATH=. python tests/data/make_released.py CLIPSEG CLIP
 
 CLIPSEG and CLIP are checkouts of timojl/clipseg and openai/CLIP. Their modules are imported as they are, with these
-stand-ins: `clip.load` gives a full-size CLIP with the random weights of tests/models/test_parity.py, renamed, in place of a
-download; `clip.tokenize` gives that file's token ids, padded as CLIP pads; torchvision's constant padding is torch's;
-scipy.integrate.simps, gone since SciPy 1.14, is simpson(y, x=x); `general_utils` is nothing but a log.
+stand-ins: `clip.load` gives a full-size CLIP with the random weights of tests/models/test_parity.py, renamed, in place
+of a download; `clip.tokenize` gives that file's token ids, padded as CLIP pads; torchvision's constant padding is
+torch's; scipy.integrate.simps, gone since SciPy 1.14, is simpson(y, x=x); `general_utils` is nothing but a log.
 """
 
 import contextlib
@@ -196,8 +196,8 @@ def prompts(clipseg, clip_model, evaluation_utils):
         }
     assert {*OPTIONS, *MASKING} == set(RECIPES)
     note = (
-        "get_prompt_list and CLIPDensePredT.visual_forward (models/clipseg.py) and img_preprocess (evaluation_utils.py) of "
-        "timojl/clipseg, made by make_released.py:"
+        "get_prompt_list and CLIPDensePredT.visual_forward (models/clipseg.py) and img_preprocess "
+        "(evaluation_utils.py) of timojl/clipseg, made by make_released.py:"
     )
     templates = {
         "templates": clipseg.get_prompt_list("shuffle+"),

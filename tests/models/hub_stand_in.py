@@ -1,7 +1,7 @@
 """A stand-in of the Hugging Face Hub on this machine, and what `load_model` does with it: a script for test_loading.py.
 
-Arguments: a save_pretrained folder, and a folder for the cache. It prints a line of JSON for every model that it loads: its
-mark (see `marked`) or its error, what the Hub was asked, and the seconds that it took.
+Arguments: a save_pretrained folder, and a folder for the cache. It prints a line of JSON for every model that it loads:
+its mark (see `marked`) or its error, what the Hub was asked, and the seconds that it took.
 """
 
 import hashlib

@@ -1,6 +1,8 @@
-"""Backbones and baselines: equal to timm, open_clip and the authors' classes on small sizes; saved, loaded, driven, trained.
+"""Backbones and baselines: equal to timm, open_clip and the authors' classes on small sizes; saved, loaded, driven,
+trained.
 
-data/backbones.json holds the figures of those three; data/make_backbones.py made them from the inputs here and says how.
+data/backbones.json holds the figures of those three; data/make_backbones.py made them from the inputs here and says
+how.
 """
 
 import json
@@ -112,7 +114,8 @@ def test_resnet_clip_equals_open_clip(tmp_path):
 
 
 def test_stages_become_one_grid_with_their_mean_in_front(tmp_path):
-    """At 96 px: stages of 12, 6 and 3 places a side on a grid of 6. Shrinking by two averages fours, growing keeps the mean."""
+    """At 96 px: stages of 12, 6 and 3 places a side on a grid of 6. Shrinking by two averages fours, growing keeps the
+    mean."""
     model = tower("open_clip resnet", tmp_path)
     found = encode(model, image("query", 96))
     with torch.no_grad():
@@ -233,7 +236,8 @@ def published(tmp_path):
 
 
 def test_published_vit_becomes_a_vitseg(published, tiny_clip, tmp_path, monkeypatch, picture):
-    """From a file, and from its Hub id: text tower and tokenizer of the CLIP, and the same random linear layer each time."""
+    """From a file, and from its Hub id: text tower and tokenizer of the CLIP, and the same random linear layer each
+    time."""
     _, path = published
     model, processor = load_model(path, clip=tiny_clip)
     (name,) = [name for name in FILES if "vit" in name]
@@ -280,7 +284,7 @@ def test_what_a_model_cannot_do_is_said(folders, tiny_folder):
     vitseg, processor = load_model(folders["vitseg"])
     with pytest.raises(InputError, match="96 x 96 px: this model takes 112 x 112"):
         encode(vitseg, torch.zeros(1, 3, 96, 96))
-    with pytest.raises(InputError, match="squares whose side is a multiple of its patch size 8"):
+    with pytest.raises(InputError, match="squares of a multiple of its patch size 8"):
         encode(load_model(folders["clipseg-resnet"])[0], torch.zeros(1, 3, 100, 100))
     with pytest.raises(InputError, match="masks the attention of CLIP's ViT"):
         embed_images(vitseg, torch.zeros(1, 3, 112, 112), torch.ones(1, 112, 112), ("cls", "last"))

@@ -111,10 +111,10 @@ PAGE = b"\n<!DOCTYPE html><html><body>Please log in</body></html>"
         (_weights(_filled(-torch.inf)), "NaN or infinite"),
         (
             _weights(torch.Tensor.int),
-            r"stores 1 weights as no floating-point numbers \['decoder.film_mul.bias \(I32\)'\]",
+            r"stores 1 weights as integers or the like \['decoder.film_mul.bias \(I32\)'\]",
         ),
-        (_weights(torch.Tensor.bool), "no floating-point numbers .*BOOL"),
-        (_weights(torch.Tensor.long, binary=True), "no floating-point numbers .*int64"),
+        (_weights(torch.Tensor.bool), "integers or the like .*BOOL"),
+        (_weights(torch.Tensor.long, binary=True), "integers or the like .*int64"),
         (_weights(lambda tensor: tensor[:0]), "damaged or incomplete"),
         (_config(conditional_layer=3), "conditional_layer 3 is none of its decoder's 3 layers"),
         (_config(conditional_layer=-1), "conditional_layer -1"),

@@ -1,4 +1,5 @@
-"""Full-size CLIPSeg (ViT-B/16) against the authors' CLIPDensePredT and transformers' forward, on the same random weights.
+"""Full-size CLIPSeg (ViT-B/16) against the authors' CLIPDensePredT and transformers' forward, on the same random
+weights.
 
 data/released_logits.json holds the authors' figures; data/make_released.py made them from `CASES` and says how.
 """
@@ -30,7 +31,8 @@ CASES = [
     (352, "plain", 64, [3, 6, 9]),
     (352, "refined", 64, [3, 6, 9]),
 ]
-# "cat." and "a photo of a cat." in CLIP's vocabulary, which is not shipped; the first is the text prompt, the second is mixed
+# "cat." and "a photo of a cat." in CLIP's vocabulary, which is not shipped; the first is the text prompt, the second is
+# mixed
 TOKENS = [[49406, 2368, 269, 49407], [49406, 320, 1125, 539, 320, 2368, 269, 49407]]
 VISUAL_SHARE = 0.25
 
@@ -40,7 +42,8 @@ def case_name(size, head, width, layers):
 
 
 def random_weight(name, shape):
-    """The weight that transformers calls `name`, the same on every machine: uniform numbers need no transcendental function."""
+    """The weight that transformers calls `name`, the same on every machine: uniform numbers need no transcendental
+    function."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     values = torch.rand(shape, generator=generator).sub_(0.5).mul_(12**0.5)  # variance 1
     if len(shape) > 1:

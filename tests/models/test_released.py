@@ -1,4 +1,5 @@
-"""The authors' .pth files and archive, on stand-ins: the decoder in torch's own modules, a web server on this machine."""
+"""The authors' .pth files and archive, on stand-ins: the decoder in torch's own modules, a web server on this
+machine."""
 
 import errno
 import functools

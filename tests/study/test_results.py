@@ -106,7 +106,8 @@ def test_damaged_provenance(scale, content):
 
 
 def test_committed_results_are_the_shipped_models():
-    """After a change of weights, of the mini world or of a notebook: make reproduce, clipseg-repro bench, and commit."""
+    """After a change of weights, of the mini world or of a notebook: make reproduce, clipseg-repro bench, and
+    commit."""
     results = Path(__file__).parents[2] / "results"
     entries = recorded(replace(SCALES["mini"], results=results))
     made = [path for kind in ("tables/*.csv", "figures/*.png") for path in results.glob(kind)]

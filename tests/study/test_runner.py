@@ -77,7 +77,8 @@ def test_failure_names_notebook_cell_and_error_and_the_next_run_goes_on_there(pr
 
 RESULTS = """
 import hashlib, json, pathlib  # as study.results does, without torch
-results, made = pathlib.Path("../results"), {"tables/one.csv": b"a", "tables/one.md": b"| a |", "figures/line.png": b"b"}
+results = pathlib.Path("../results")
+made = {"tables/one.csv": b"a", "tables/one.md": b"| a |", "figures/line.png": b"b"}
 for name, content in made.items():
     (results / name).parent.mkdir(exist_ok=True)
     (results / name).write_bytes(content)
@@ -138,8 +139,9 @@ def test_ctrl_c_ends_cleanly_and_the_next_run_goes_on(project):
     slow = project / "notebooks" / "01_second.ipynb"
     write_notebook(slow, TRACE.format("slow"), "import time; time.sleep(600)")
     code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # background jobs inherit it ignored
-        "from clipseg_repro import cli; from clipseg_repro.study import scales; scales.Scale.prepare = lambda self: None; "
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background job's is ignored
+        "from clipseg_repro import cli; from clipseg_repro.study import scales; "
+        "scales.Scale.prepare = lambda self: None; "
         "cli.app(['reproduce'], prog_name='clipseg-repro')"
     )
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
