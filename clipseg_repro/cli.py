@@ -242,7 +242,7 @@ def evaluate(
     chosen.prepare()
     segmenter = load_segmenter(source or chosen.model, dtype="float32")
     dataset = PhraseCut(chosen.phrasecut, split)
-    result = phrasecut(segmenter, dataset, prompts=prompts, keep=chosen.results / "unfinished")
+    result = phrasecut(segmenter, dataset, prompts=prompts, keep=chosen.unfinished)
     typer.echo(result.table().round(3).to_string(index=False))
 
 

@@ -144,10 +144,13 @@ def _category(structure: dict) -> str:
     return "attribute" if structure["attributes"] else "category"
 
 
-def absent_phrases(segmenter, dataset, per_image: int = 3, limit: int | None = None, seed: int = 0) -> pd.DataFrame:
+def absent_phrases(
+    segmenter, dataset, per_image: int = 3, limit: int | None = None, seed: int = 0, keep: Path | None = None
+) -> pd.DataFrame:
     """Prompts for objects that are not there: the mean area at t = 0.5 should be zero (section 3.3, negatives).
 
-    Draws names from the phrases about other images that nothing here goes by (`PhraseCut.may_show`).
+    Draws names from the phrases about other images that nothing here goes by (`PhraseCut.may_show`). `limit` and `keep`
+    as in `phrasecut`.
     Columns: image_id, phrase, area (share of the image with p > 0.5), highest (largest probability).
     """
     names = sorted({structure["name"] for structure in dataset.structures})
@@ -166,4 +169,6 @@ def absent_phrases(segmenter, dataset, per_image: int = 3, limit: int | None = N
         return rows, None
 
     images = list(dataset.by_image)[:limit]
-    return pd.DataFrame(measure(segmenter, dataset, images, read, work, "PhraseCut, absent objects"))
+    settings = {"per_image": per_image, "seed": seed}
+    rows = measure(segmenter, dataset, images, read, work, "PhraseCut, absent", keep=keep, settings=settings)
+    return pd.DataFrame(rows)

@@ -1,5 +1,7 @@
 """Visual prompt engineering (paper, section 3 and Table 2): which way of pointing at an object does CLIP understand?"""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from torch.nn import functional as F
@@ -35,13 +37,15 @@ def name_probabilities(segmenter, prompts, names) -> np.ndarray:
     return (scale * images @ texts.T).softmax(-1).cpu().numpy()
 
 
-def visual_prompt_gain(segmenter, dataset, recipes=tuple(RECIPES), limit: int | None = None, seed: int = 0):
+def visual_prompt_gain(
+    segmenter, dataset, recipes=tuple(RECIPES), limit: int | None = None, seed: int = 0, keep: Path | None = None
+) -> pd.DataFrame:
     """Table 2: CLIP's probability of an object's name before and after a recipe points at the object.
 
     One target per image of a PhraseCut split, drawn with `seed` among the things named there (see `named_things`);
-    images with fewer than three are skipped. `limit` takes the first images only. Returns a DataFrame, one row per
-    image: image_id, target, names (how many), original, and a column per recipe, probabilities in [0, 1]. Table 2's
-    figure is the mean of `recipe - original`, in percent.
+    images with fewer than three are skipped. `limit` takes the first images only; `keep`: as in `per_image.measure`.
+    Returns a DataFrame, one row per image: image_id, target, names (how many), original, and a column per recipe,
+    probabilities in [0, 1]. Table 2's figure is the mean of `recipe - original`, in percent.
     """
 
     def read(image_id):
@@ -57,7 +61,9 @@ def visual_prompt_gain(segmenter, dataset, recipes=tuple(RECIPES), limit: int | 
         row = {"image_id": image_id, "target": names[target], "names": len(names)}
         return [row | dict(zip(["original", *recipes], found, strict=True))], None
 
-    rows = measure(segmenter, dataset, list(dataset.by_image)[:limit], read, work, "visual prompts")
+    settings = {"recipes": recipes, "seed": seed}
+    images = list(dataset.by_image)[:limit]
+    rows = measure(segmenter, dataset, images, read, work, "visual prompts", keep=keep, settings=settings)
     if not rows:
         raise InputError(f"no image has {FEWEST_NAMES} names: take another split or a larger `limit`")
     return pd.DataFrame(rows)

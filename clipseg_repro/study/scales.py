@@ -34,6 +34,11 @@ class Scale:
     seed: int = 0
     build: Callable[[Path, int], None] | None = None  # writes VGPhraseCut_v0 into a folder; None: the user fetches it
 
+    @property
+    def unfinished(self) -> Path:
+        """Where measurements keep what they have counted until they are through (`evaluation.per_image.measure`)."""
+        return self.results / "unfinished"
+
     def prepare(self):
         """Make sure that the data are there: generate them where the scale can (idempotent, resumes after a kill,
         repairs what is damaged).
