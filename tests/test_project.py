@@ -51,6 +51,34 @@ def test_what_is_imported_is_declared(folder, declared):
         assert names & set(declared), f"{module} is imported in {folder} but not declared in pyproject.toml"
 
 
+FLOORS = """
+cli
+bench verify batch
+study
+mini
+training
+segmenter
+models
+datasets evaluation plotting
+prompts
+downloads pictures
+strips devices
+files errors __init__
+""".split("\n")[1:-1]
+
+
+def test_imports_point_downwards():
+    """A room imports from itself and from the floors below."""
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
+    package = ROOT / "clipseg_repro"
+    for path in package.rglob("*.py"):
+        own = path.relative_to(package).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("clipseg_repro."):
+                room = node.module.split(".")[1]
+                assert room == own or floor[room] > floor[own], f"{path} imports {node.module}"
+
+
 def test_no_file_names_a_package_registry():
     # in pieces, so that this file passes too
     hosts = ["pypi" + ".org", "python" + "hosted.", "download.pytorch" + ".org", "anaconda" + ".org", "npmjs" + "."]
