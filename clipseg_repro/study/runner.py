@@ -14,7 +14,7 @@ from nbclient.exceptions import DeadKernelError
 from tqdm.auto import tqdm
 
 from clipseg_repro.errors import InputError
-from clipseg_repro.files import sha256
+from clipseg_repro.files import sha256, sweep
 from clipseg_repro.study.results import PACKAGE, recorded
 from clipseg_repro.study.scales import Scale, get_scale, project_root
 
@@ -56,6 +56,7 @@ def reproduce(only=(), scale: str = "mini", resume: bool = True) -> list[Path]:
         for folder in (executed, logs):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()  # fail before the first notebook, not after it
+        sweep(scale.results)
         entries = recorded(scale)
         scale.prepare()
         copies = []
