@@ -22,6 +22,7 @@ from clipseg_repro.segmenter import load_segmenter
 from clipseg_repro.strips import write_png
 
 KINDS = ("probability", "mask", "overlay")
+RECORD = "_segments.json"  # ends the name of what `segment` knows of a picture
 COLOURS = [
     colour for name, colour in OKABE_ITO.items() if name != "black"
 ]  # of the label map, whose background is black
@@ -43,7 +44,11 @@ def pictures_and_words(arguments, prompts, out):
         if os.path.isdir(path):
             if os.path.abspath(path) == os.path.abspath(out):
                 raise InputError(f"--out '{out}' is a folder of pictures, too: give another for the results")
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
+            try:
+                files = sorted(path.iterdir())
+            except OSError as error:
+                raise InputError(f"folder '{path}' cannot be read ({error.strerror}): check its permissions") from None
+            found = [p for p in files if p.suffix.lower() in suffixes and not p.name.startswith(".")]
             if not found:
                 raise InputError(
                     f"no pictures in folder '{path}': check the path; words of that name go after --prompt"
@@ -63,8 +68,10 @@ def pictures_and_words(arguments, prompts, out):
     return list({os.path.abspath(picture): picture for picture in pictures}.values()), [*words, *prompts]
 
 
-def file_names(pictures):
-    """{picture: what its files' names begin with}: its stem; of several with the same, its folder, stem and suffix."""
+def file_names(pictures, out):
+    """{picture: what its files' names begin with}: its stem; of several with the same, its folder, stem and suffix.
+
+    A name is also taken where the folder `out` has another picture's results under it."""
     names = {}
     for name in (
         lambda path: path.stem,
@@ -73,6 +80,7 @@ def file_names(pictures):
     ):
         left = {path: _cut(name(path), NAME_BYTES) for path in pictures if path not in names}
         count = Counter(text.casefold() for text in [*left.values(), *names.values()])
+        count.update(text.casefold() for path, text in left.items() if _is_of_another(out / f"{text}{RECORD}", path))
         names |= {path: text for path, text in left.items() if count[text.casefold()] == 1}
     return {path: names[path] for path in pictures}
 
@@ -99,6 +107,11 @@ def segment(
     `load_segmenter` and `Segmenter.label_map`; masks are where the probability exceeds 0.5 if None.
     """
     prompts = [*words, *([VisualPrompt(support, mask)] if support else [])]
+    if not prompts:
+        raise InputError(
+            "nothing to look for: all that was given are pictures; give words in quotes, or after --prompt if a file has "
+            "the same name"
+        )
     names = [*words, *([f"like {support.stem}"] if support else [])]
     if labels and len(prompts) > 255:
         raise InputError(f"{len(prompts)} prompts: a label map holds at most 255, leave --labels and --background out")
@@ -112,12 +125,12 @@ def segment(
         "labels": labels,
     }
     slugs = [_cut(re.sub(r"\W+", "-", name.lower()).strip("-")[:40], WORDS_BYTES) for name in names]
-    if out.is_dir():
-        sweep(out)
+    for written in (*(f"{kind}.png" for kind in (*KINDS, "labels")), "segments.json"):
+        sweep(out, f".*_{written}.*.tmp")
     segmenter = None
-    for picture, prefix in file_names(pictures).items():
+    for picture, prefix in file_names(pictures, out).items():
         stems = [out / f"{prefix}_{number}_{slug}" for number, slug in enumerate(slugs, start=1)]
-        label_map, record = out / f"{prefix}_labels.png", out / f"{prefix}_segments.json"
+        label_map, record = out / f"{prefix}_labels.png", out / f"{prefix}{RECORD}"
         files = [Path(f"{stem}_{kind}.png") for stem in stems for kind in KINDS] + [label_map] * labels
         made_with = settings | {"picture": [os.path.abspath(picture), _stamp(picture)]}
         known = _read(record)
@@ -177,6 +190,11 @@ def _read(record):
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
+
+
+def _is_of_another(record, picture):
+    known = _read(record).get("made_with", {}).get("picture")
+    return bool(known) and known[0] != os.path.abspath(picture)
 
 
 def _stamp(path):

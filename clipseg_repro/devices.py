@@ -14,8 +14,8 @@ def pick_device(device=None) -> torch.device:
         )
     try:
         device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise InputError(f"device '{device}' cannot be used here ({str(error).splitlines()[0]}): try 'cpu'") from None
     return device
 

@@ -58,7 +58,10 @@ def download(url, path, otherwise):
         kept = part.stat().st_size if part.is_file() else 0
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, requests.HTTPError):
-            remedy = f"this address is dead or closed to you: {otherwise}"
+            status = 404 if error.response is None else error.response.status_code
+            busy = status == 429 or status >= 500
+            remedy = "try again later, or" if busy else "this address is dead or closed to you:"
+            remedy += f" {otherwise}"
         else:
             cause = "network" if isinstance(error, requests.RequestException) else "disk"
             remedy = f"check the {cause}, then run the same command again, or {otherwise}"
@@ -76,7 +79,7 @@ def _append_rest(url, file, name):
             file.truncate(0)
             return _append_rest(url, file, name)
         if not response.ok:
-            raise requests.HTTPError(f"{response.status_code} {response.reason}")
+            raise requests.HTTPError(f"{response.status_code} {response.reason}", response=response)
         if response.headers.get("Content-Type", "").startswith("text/html"):
             raise requests.HTTPError("a web page was sent in its place")
         if not (response.status_code == 206 and begins):

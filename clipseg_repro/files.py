@@ -27,12 +27,13 @@ def written_whole(path: Path):
         temporary.unlink(missing_ok=True)
 
 
-def sweep(folder: Path):
-    """Delete what `written_whole` left in `folder`, and below it, when its process was killed."""
-    for path in Path(folder).rglob(".*.tmp"):
+def sweep(folder: Path, pattern: str = "**/.*.tmp"):
+    """Delete what `written_whole` left in `folder` when its process was killed; `pattern` limits it to some files."""
+    for path in Path(folder).glob(pattern):
         writer = path.name.split(".")[-2]
         if re.fullmatch(r"[0-9]{1,9}", writer) and not psutil.pid_exists(int(writer)):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
 
 @contextmanager
@@ -42,10 +43,9 @@ def alone(path: Path, doing: str):
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        print(f"Process {path.read_text()} is {doing}: waiting until it is through.", file=sys.stderr, flush=True)
+        print(f"Another process is {doing}: waiting until it is through.", file=sys.stderr, flush=True)
         lock.acquire()
     try:
-        path.write_text(str(os.getpid()))
         yield
     finally:
         lock.release()

@@ -109,6 +109,8 @@ def _values(picture, name):
     rgb = picture.convert("RGB")
     grey = np.asarray(rgb.convert("L"))
     colours = [colour for _, colour in sorted(rgb.getcolors() or (), reverse=True)]  # the most frequent first
+    if len(colours) == 2 and (0, 0, 0) in colours:
+        return np.asarray(rgb).any(-1), colours  # a dark colour may be no lighter than black as grey
     if not colours and not _is_soft(grey):
         raise InputError(f"{name} has more than 256 colours: give a mask, with the object white and all else black")
     if picture.mode == "P" and len(colours) != 2 and not _is_soft(grey):

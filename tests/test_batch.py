@@ -117,9 +117,34 @@ def test_a_bad_picture_does_not_stop_the_rest(call):
     ],
 )
 def test_names_keep_apart(pictures, names):
-    found = list(file_names([Path(path) for path in pictures]).values())
+    found = list(file_names([Path(path) for path in pictures], Path("none")).values())
     assert len(set(found)) == len(pictures)
     assert all(Path(name).match(pattern) for name, pattern in zip(found, names, strict=True)), found
+
+
+def test_an_equal_name_from_another_folder_takes_nothing_over(call, picture):
+    Path("b").mkdir()
+    Image.fromarray(picture[::-1].copy()).save("b/photo.png")
+    call()
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    call(["b/photo.png"])
+    assert {name: (Path("out") / name).read_bytes() for name in before} == before
+    assert Path("out/b-photo-png_1_a-cat_mask.png").exists()
+    assert [new for _, new in call()] == [new for _, new in call(["b/photo.png"])] == [False]
+
+
+def test_of_leftovers_only_its_own_go(call):
+    foreign, own = Path("out/sub/.notes.999999999.tmp"), Path("out/.x_1_a-cat_mask.png.999999999.tmp")
+    foreign.parent.mkdir(parents=True)
+    for path in (foreign, own):
+        path.touch()
+    call()
+    assert foreign.exists() and not own.exists()
+
+
+def test_nothing_to_look_for(call):
+    with pytest.raises(InputError, match="nothing to look for"):
+        call(words=[])
 
 
 def test_names_of_the_longest_file_can_be_written(call):

@@ -74,7 +74,7 @@ def test_segment_writes_what_predict_gives(run, files, tiny_folder):
         (["photo.png", "a cat", "--device", "none"], ["device 'none'", "try 'cpu'"]),
         (["photo.png", *["a cat"] * 256, "--labels"], ["256 prompts", "at most 255"]),
         (["broken.png", "a cat"], ["broken.png"]),
-        (["photo.png"], ["no prompts"]),
+        (["photo.png"], ["nothing to look for", "--prompt"]),
         (["photo.png", " "], ["blank"]),
         (["photo.png", "--support", "photo.png"], ["--support and --mask belong together"]),
         (["photo.png", "a cat", "--support", "photo.png", "--mask", "empty.png"], ["mask"]),

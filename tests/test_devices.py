@@ -4,7 +4,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from clipseg_repro.devices import fast_dtype, mixed_precision, pick_dtype
+from clipseg_repro.devices import fast_dtype, mixed_precision, pick_device, pick_dtype
+from clipseg_repro.errors import InputError
 from clipseg_repro.segmenter import load_segmenter
 from clipseg_repro.training import decoders
 
@@ -36,6 +37,12 @@ def test_bfloat16_is_chosen_where_the_cpu_has_units_for_it(report, dtype, cpu, t
     assert load_segmenter(str(tiny_folder), device="cpu", dtype="float32").model.dtype == torch.float32
     with mixed_precision(device):
         assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == dtype
+
+
+@pytest.mark.parametrize("device", ["warp drive", 3.5, [], "meta"])
+def test_odd_devices_are_refused(device):
+    with pytest.raises(InputError, match=r"cannot be used here .*try 'cpu'"):
+        pick_device(device)
 
 
 @pytest.mark.parametrize(("emulated", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])

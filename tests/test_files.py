@@ -95,7 +95,7 @@ with alone(Path({str(lock)!r}), "building"):
     first = subprocess.Popen(start, env=environment, **pipes)
     assert first.stdout.readline() == "in\n"
     second = subprocess.Popen(start, env=environment, **pipes)
-    assert second.stderr.readline() == f"Process {first.pid} is building: waiting until it is through.\n"
+    assert second.stderr.readline() == "Another process is building: waiting until it is through.\n"
     first.kill()
     first.communicate()
     assert second.stdout.readline() == "in\n"

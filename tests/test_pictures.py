@@ -236,6 +236,7 @@ MASKS = {
     "F to 1": Image.fromarray(DISC.astype(np.float32)),
     "RGB 0/1": Image.fromarray(np.repeat(DISC[..., None], 3, 2).astype(np.uint8)),
     "RGB one label": _painted(BLACK, RED),
+    "RGB one dark id": _painted(BLACK, (0, 0, 1)),
     "P one label": _palette(DISC * 15, [BLACK] + [RED] * 15),
     "P with a palette of one colour": _palette(DISC, [BLACK, BLACK]),
     "P black and white": _palette(DISC, [BLACK, WHITE]),

@@ -15,6 +15,7 @@ import torch
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
+from clipseg_repro import __version__
 from clipseg_repro.errors import InputError, listed
 from clipseg_repro.files import fingerprint, written_whole
 
@@ -48,9 +49,7 @@ def measure(
     file = keep and Path(keep) / f"{_digest(segmenter.model, dataset, images, label, settings)}.safetensors"
     rows, failed, lock = {}, {}, Lock()
     if file and file.exists():
-        rows, state = _kept(file)
-        if metrics is not None:
-            metrics.merge_state(state)
+        rows = _kept(file, metrics)
     todo = [image for image in images if image not in rows]
 
     def attempt(image, step, *arguments):
@@ -114,7 +113,8 @@ def _in_parallel(work: Callable, tasks: Iterable[tuple], device: torch.device) -
     """work(*task) of every task, in order, by a few threads. They share the CPU's cores, which one image alone does not
     keep busy; the caller's thread meanwhile goes through `tasks`, a few ahead of the results."""
     cores = torch.get_num_threads()
-    workers = min(cores, WORKERS) if device.type == "cpu" else 2
+    # MPS allows no second thread: Metal ends the process
+    workers = {"cpu": min(cores, WORKERS), "mps": 1}.get(device.type, 2)
     threads = max(1, cores // workers)
     pending = deque()
     try:
@@ -131,7 +131,8 @@ def _in_parallel(work: Callable, tasks: Iterable[tuple], device: torch.device) -
 
 def _digest(model, dataset, images, label, settings):
     """The name of a measurement: of another model, other data or other settings it is another."""
-    digest = hashlib.sha256(json.dumps([label, fingerprint(dataset.folder), images, settings]).encode())
+    asked = [__version__, label, fingerprint(dataset.folder), images, dataset.phrases, settings]
+    digest = hashlib.sha256(json.dumps(asked).encode())
     digest.update(repr(model.config).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
@@ -139,11 +140,14 @@ def _digest(model, dataset, images, label, settings):
     return digest.hexdigest()[:16]
 
 
-def _kept(file):
-    """The rows by image, and the metric's state, of a measurement that stopped early."""
+def _kept(file, metrics):
+    """The rows by image of a measurement that stopped early; what it had counted is added to `metrics`."""
     try:
         with safetensors.safe_open(file, "pt") as kept:
             rows = dict(json.loads(kept.metadata()["rows"]))
-            return rows, {name: kept.get_tensor(name) for name in kept.keys()}
+            state = {name: kept.get_tensor(name).clone() for name in kept.keys()}  # not the file's own memory
+        if metrics is not None:
+            metrics.merge_state(state)
+        return rows
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"'{file}', what an earlier run has counted, is damaged ({error}): remove it") from None

@@ -131,7 +131,7 @@ def phrasecut(
             )
         return rows, (probabilities, [samples[i].mask for i in given], [place[i] for i in given])
 
-    settings = {"phrases": dataset.phrases, "recipe": recipe, "weight": weight, "template": template, "seed": seed}
+    settings = {"recipe": recipe, "weight": weight, "template": template, "seed": seed}
     label = f"PhraseCut, {prompts} prompts"
     rows = measure(segmenter, dataset, images, read, work, label, exact, keep, settings)
     return PhraseCutResult(prompts, pd.DataFrame(rows), exact)

@@ -1,5 +1,6 @@
 """Models of the Hugging Face Hub as folders: from the Hub's cache, or fetched into it once, at a known commit."""
 
+import json
 import re
 from pathlib import Path
 
@@ -19,7 +20,7 @@ REVISIONS = {
 }
 
 # Parts of a model: patterns of which one of its files has to match each.
-CONFIG, TOKENIZER, PROCESSOR = r"config\.json", r"tokenizer\.json|vocab\.json", r"(pre)?processor_config\.json"
+CONFIG, TOKENIZER, PROCESSOR = r"config\.json", r"tokenizer\.json|merges\.txt", r"(pre)?processor_config\.json"
 WEIGHTS = r"model[\w.-]*\.safetensors|pytorch_model[\w.-]*\.bin"
 SMALL = r"[\w.-]+\.(json|txt)"  # always fetched
 
@@ -57,7 +58,16 @@ def fetched(name, *parts):
 
 def _complete(folder, parts):
     files = [file.name for file in folder.glob("*") if file.exists()]  # of a broken link, the rest has not arrived
-    return all(any(re.fullmatch(part, file) for file in files) for part in parts)
+    found = all(any(re.fullmatch(part, file) for file in files) for part in parts)
+    return found and all(_shards(index) <= set(files) for index in folder.glob("*.safetensors.index.json"))
+
+
+def _shards(index):
+    """The files of weights that an index names; none if it is damaged, which loading will tell."""
+    try:
+        return set(json.loads(index.read_bytes())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
 
 
 def _complaint(name, cached, parts, error):

@@ -110,6 +110,8 @@ def _kind(path, kinds):
         raise InputError(
             f"model folder '{path}' has no config.json: give a folder written by save_pretrained"
         ) from None
+    except OSError as error:
+        raise InputError(f"'{path / 'config.json'}' cannot be read ({error.strerror}): check its permissions") from None
     except (ValueError, KeyError, TypeError) as error:
         reason = foreign_content(path / "config.json") or repr(error)
         raise InputError(f"model folder '{path}' has a damaged config.json ({reason}): save or copy it again") from None

@@ -16,7 +16,7 @@ import torch
 
 from clipseg_repro.downloads import download, foreign_content
 from clipseg_repro.errors import InputError
-from clipseg_repro.files import written_whole
+from clipseg_repro.files import sha256, written_whole
 
 ARCHIVE = "https://owncloud.gwdg.de/index.php/s/ioHbRzFx6th32hn/download"
 FILES = {  # name -> SHA-256
@@ -139,8 +139,7 @@ def _open(path):
 
 def authors_name(path):
     """The name of the authors' file whose bytes the file `path` holds, or None."""
-    with Path(path).open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256(path)
     return next((name for name, known in FILES.items() if known == found), None)
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from clipseg_repro.datasets.phrasecut import PhraseCut, PhraseCutPlus, TrainingSample
-from clipseg_repro.devices import fast_dtype, pick_device
+from clipseg_repro.devices import fast_dtype
 from clipseg_repro.errors import InputError
 from clipseg_repro.evaluation.metrics import SegmentationMetrics
 from clipseg_repro.models.forward import decode, embed_images, embed_texts, encode
@@ -20,7 +20,7 @@ from clipseg_repro.models.loading import load_model
 from clipseg_repro.models.variants import adapted, backbone
 from clipseg_repro.prompts import prepare, to_pixels
 from clipseg_repro.segmenter import Segmenter
-from clipseg_repro.training.loop import fast_attention, fit
+from clipseg_repro.training.loop import fast_attention, fit, writing
 
 ALIGN_ON = 64  # training images that `align_film` looks at
 
@@ -115,9 +115,9 @@ def train(
         raise InputError(f"unknown run '{run}': choose one of {', '.join(experiments())}")
     settings = experiments()[run] | budget | {"run": run, "seed": seed}
     steps = settings["iterations"]
-    dtype = fast_dtype(pick_device())
+    device = PartialState().device
+    dtype = fast_dtype(device)
     accelerator = Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
-    device = accelerator.device
     pretrained = settings["pretrained"]
     # this processor is saved as it is: tokenizing leaves its padding in the other
     model, untouched = load_model(source, pretrained=pretrained)
@@ -179,8 +179,9 @@ def train(
             validate=lambda: validate(model, processor, val, validate_on),
             every=max(1, min(250, steps // 4)),
         )
-    model.eval().save_pretrained(Path(folder) / "model")
-    untouched.save_pretrained(Path(folder) / "model")
+    with writing(folder):
+        model.eval().save_pretrained(Path(folder) / "model")
+        untouched.save_pretrained(Path(folder) / "model")
     return Segmenter(model, processor)
 
 

@@ -59,18 +59,14 @@ def fit(
             "curve": curve,
             "state": {key: holder.state_dict() for key, holder in state.items()},
         }
-        try:
+        with writing(folder):
             with written_whole(checkpoint) as temporary:
                 torch.save(saved, temporary)
             _write_curve(curve, folder)
-        except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer on a full disk
-            raise InputError(
-                f"cannot write the checkpoint to '{folder}' ({error}): free disk space or make the folder writable; "
-                "the same command goes on from the checkpoint before"
-            ) from error
 
-    if curve:
-        _write_curve(curve, folder)  # of a run that was killed between the two writes, or whose curve was removed
+    if curve:  # of a run that was killed between the two writes, or whose curve was removed
+        with writing(folder):
+            _write_curve(curve, folder)
     started = time.monotonic()
     totals: dict[str, torch.Tensor] = {}
     counted = 0
@@ -90,6 +86,18 @@ def fit(
                     totals, counted = {}, 0
                     save(i + 1)
     return pd.DataFrame(curve)
+
+
+@contextmanager
+def writing(folder: Path):
+    """Turn a full or read-only disk into an InputError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # RuntimeError: of torch's writer
+        raise InputError(
+            f"cannot write to '{folder}' ({error}): free disk space or make the folder writable; the same command goes "
+            "on from the last checkpoint"
+        ) from error
 
 
 def _resume(checkpoint: Path, recorded: str, state: dict[str, Stateful], steps: int) -> tuple[int, float, list[dict]]:
@@ -137,7 +145,8 @@ def _write_curve(curve: list[dict], folder: Path):
 
 
 def _keep_freed_memory():
-    """Have glibc keep large freed blocks: handed back, every activation is paged in anew, a third of a step's time."""
+    """Have glibc keep all freed blocks, where `models.forward.keep_freed_memory` keeps those of up to 32 MB: handed
+    back, every activation is paged in anew, a third of a step's time."""
     with suppress(OSError, AttributeError):  # other C libraries
         libc = ctypes.CDLL("libc.so.6")
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD

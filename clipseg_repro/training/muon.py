@@ -10,8 +10,11 @@ from clipseg_repro.devices import fast_dtype
 class Muon(torch.optim.Muon):
     """torch's Muon, which orthogonalises in bfloat16 on every device: without units for it, that takes most of a step.
 
-    Parameters, options and state are torch's, but for `adjust_lr_fn`: learning rates are scaled as in the original.
+    State and steps are torch's with its default coefficients, and learning rates are scaled as in the original.
     """
+
+    def __init__(self, params, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95, nesterov=True):
+        super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov)
 
     @torch.no_grad()
     def step(self):

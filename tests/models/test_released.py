@@ -253,7 +253,7 @@ def test_an_interrupted_download_is_resumed(server, tmp_path, resumes):
     ("refuses", "reason"),
     [
         ((404, "text/html"), "404 Not Found.*this address is dead or closed"),
-        ((503, "text/plain"), "503 Service Unavailable"),
+        ((503, "text/plain"), "503 Service Unavailable.*try again later"),
         ((200, "text/html; charset=utf-8"), "a web page was sent"),
     ],
 )

@@ -117,6 +117,17 @@ def test_curve_is_rewritten_and_leftovers_of_dead_processes_go(tmp_path):
     assert [leftover.exists() for leftover in leftovers] == [False, True]  # the second one's writer lives
 
 
+def test_a_finished_run_in_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    run_fit(tmp_path)
+
+    def refused(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "replace", refused)  # root may write anywhere, so a mode would not do
+    with pytest.raises(InputError, match=r"cannot write to .*Permission denied"):
+        run_fit(tmp_path)
+
+
 def test_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     with pytest.raises(Killed):
         run_fit(tmp_path, stop=7)
@@ -127,7 +138,7 @@ def test_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(InputError, match=r"cannot write the checkpoint to .*No space left on device.*goes on from"):
+        with pytest.raises(InputError, match=r"cannot write to .*No space left on device.*goes on from"):
             run_fit(tmp_path)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert torch.equal(run_fit(tmp_path)[0].weight, run_fit(tmp_path / "whole")[0].weight)
