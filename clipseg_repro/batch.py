@@ -109,8 +109,8 @@ def segment(
     prompts = [*words, *([VisualPrompt(support, mask)] if support else [])]
     if not prompts:
         raise InputError(
-            "nothing to look for: all that was given are pictures; give words in quotes, or after --prompt if a file has "
-            "the same name"
+            "nothing to look for: all that was given are pictures; give words in quotes, or after --prompt if a file "
+            "has the same name"
         )
     names = [*words, *([f"like {support.stem}"] if support else [])]
     if labels and len(prompts) > 255:
