@@ -8,7 +8,7 @@ class InputError(ValueError):
         super().__init__(" ".join(str(message).splitlines()))  # a value named in it may have more
 
 
-def listed(problems, most=3) -> str:
-    """The first few of many problems, on one line."""
-    first, more = list(problems)[:most], len(problems) - most
-    return "; ".join(first) + (f"; and {more} more" if more > 0 else "")
+def listed(things, most=3, separator="; ") -> str:
+    """The first few of many things, on one line."""
+    first, more = list(things)[:most], len(things) - most
+    return separator.join(first + [f"and {more} more"] * (more > 0))

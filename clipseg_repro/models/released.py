@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from clipseg_repro.downloads import download, foreign_content
-from clipseg_repro.errors import InputError
+from clipseg_repro.errors import InputError, listed
 from clipseg_repro.files import sha256, written_whole
 
 ARCHIVE = "https://owncloud.gwdg.de/index.php/s/ioHbRzFx6th32hn/download"
@@ -75,9 +75,9 @@ def renamed(state, names, unused, complaint, files):
     missing = sorted(names.keys() - state.keys())
     unexpected = sorted(k for k in state.keys() - names.keys() if not any(re.fullmatch(u, k) for u in unused))
     if missing or unexpected:
+        absent, foreign = (listed(keys, 8, ", ") or "nothing" for keys in (missing, unexpected))
         raise InputError(
-            f"{complaint}: {_listed('missing', missing)}, {_listed('unexpected', unexpected)}: give one of the "
-            f"published files ({', '.join(files)})"
+            f"{complaint}: missing {absent}, unexpected {foreign}: give one of the published files ({', '.join(files)})"
         )
     tensors = {}
     for theirs, ours in names.items():
@@ -111,12 +111,6 @@ def _names(layers, refined):
         for kind in ("weight", "bias"):
             names[f"{block}.self_attn.in_proj_{kind}"] = [f"{layer}.self_attn.{x}_proj.{kind}" for x in "qkv"]
     return names | {f"{theirs}.{k}": [f"{ours}.{k}"] for theirs, ours in modules.items() for k in ("weight", "bias")}
-
-
-def _listed(word, keys, most=8):
-    """The keys behind the word, as in "missing a, b and 3 more", or "nothing missing"."""
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return f"{word} {', '.join(keys[:most])}{more}" if keys else f"nothing {word}"
 
 
 def _open(path):

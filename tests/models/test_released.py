@@ -149,7 +149,7 @@ BIAS = "film_mul.bias"
         (lambda path: torch.save([torch.zeros(1)], path), "hold a list"),
         (lambda path: torch.save({"state_dict": {}}, path), "no plain table of named tensors"),
         (_other, r"missing blocks.0.* and \d+ more, unexpected layer0.conv.weight, .* and 12 more"),
-        (_one_missing, "missing blocks.1.norm2.bias, nothing unexpected"),
+        (_one_missing, "missing blocks.1.norm2.bias, unexpected nothing"),
         (lambda path: released_file(path, more={"reduce_cond.bias": torch.zeros(1)}), "unexpected reduce_cond.bias:"),
         (lambda path: released_file(path, layers=2), "2 decoder layers"),
         (
