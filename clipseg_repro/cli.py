@@ -210,9 +210,12 @@ def train(
     chosen = get_scale(scale)
     folder = chosen.results / "training" / run
     if run in PRETRAINING:
-        if source or steps:
-            raise InputError(f"{run} starts from nothing and has its own curriculum: leave out --source and --steps")
-        PRETRAINING[run](folder, seed=seed)
+        if steps or (source and run != "mini-clip"):
+            raise InputError(
+                f"{run} has its own curriculum, from nothing (mini-clip also from a --source at 112 px): leave out "
+                "--steps and --source"
+            )
+        PRETRAINING[run](folder, seed=seed, **({"source": source} if source else {}))
     else:
         if run not in experiments():  # before the data are built
             known = [*PRETRAINING, *experiments()]
@@ -220,7 +223,8 @@ def train(
         source = source or chosen.source(experiments()[run]["model"])  # likewise
         chosen.prepare()
         budget = chosen.training | ({"iterations": steps} if steps else {})
-        train_decoder(run, chosen.phrasecut, folder, source=source, seed=seed, **budget)
+        keep = chosen.unfinished / "activations"
+        train_decoder(run, chosen.phrasecut, folder, source=source, seed=seed, keep=keep, **budget)
     typer.echo(f"The model is in {folder / 'model'}")
 
 

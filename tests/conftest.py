@@ -17,7 +17,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from clipseg_repro.mini import curriculum, pretrain, pretrain_backbones
+from clipseg_repro.mini import curriculum, pretrain
 from clipseg_repro.mini.export import build
 from clipseg_repro.models.loading import load_model
 from clipseg_repro.prompts import IMAGENET_MEAN, IMAGENET_STD, TRAIN_TEMPLATES
@@ -167,6 +167,7 @@ def short_curriculum(monkeypatch):
     """Pre-training in seconds: batches of four scenes, and a curve that looks at eight."""
     cycles = tuple(replace(cycle, batch=4) for cycle in curriculum.CYCLES)
     monkeypatch.setattr(pretrain, "CYCLES", cycles)
-    for module in (pretrain, pretrain_backbones):
-        monkeypatch.setattr(module, "fresh_scenes", lambda rules, size, scenes: curriculum.fresh_scenes(rules, size, 8))
+    monkeypatch.setattr(pretrain, "FINE", replace(curriculum.FINE, batch=2))
+    few = lambda rules, size, patch, scenes: curriculum.fresh_scenes(rules, size, patch, 8)  # noqa: E731
+    monkeypatch.setattr(pretrain, "fresh_scenes", few)
     return cycles

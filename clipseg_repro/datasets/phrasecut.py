@@ -53,6 +53,14 @@ def rasterise(polygons: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndar
     return mask
 
 
+@dataclass(frozen=True)
+class View:
+    """A window (rows, columns) of the picture that sample `sample` of a `PhraseCut` is about."""
+
+    sample: int
+    window: tuple[slice, slice]
+
+
 class PhraseCut:
     """One split of PhraseCut: item i is the `Sample` of one phrase, the whole image with the union of its polygons.
 
@@ -99,6 +107,18 @@ class PhraseCut:
         image_id = task["image_id"]
         info = {key: task[key] for key in ("task_id", "ann_ids", "phrase_structure")}
         return Sample(self._image(image_id), self._mask(i), self.phrases[i], image_id, info=info)
+
+    def image_id(self, i: int) -> int:
+        """Of the image that sample i is about."""
+        return self._tasks[i]["image_id"]
+
+    def picture(self, view: View) -> np.ndarray:
+        """What `view` shows, (H, W, 3) uint8."""
+        return self._image(self.image_id(view.sample))[view.window]
+
+    def mask(self, view: View) -> np.ndarray:
+        """The objects of the view's sample in its window, (H, W) uint8 of 0 and 1."""
+        return self._mask(view.sample)[view.window]
 
     def check_pictures(self):
         """Read all pictures' headers. One InputError for all that are missing, no pictures or of another size."""
@@ -147,17 +167,29 @@ class PhraseCut:
 class TrainingSample:
     """One draw of PhraseCut+: condition = text_weight * text + (1 - text_weight) * support.
 
-    image: (S, S, 3) uint8 crop (of any shape without cropping). mask: (S, S) uint8 of 0 and 1, all 0 for a negative and
-    for an object that the crop leaves out.
-    text: the phrase in its template. support: None if the phrase is unique; text_weight is 1 then.
+    mask: what is right in `view`, (S, S) uint8 of 0 and 1 (of any shape without cropping); all 0 for a negative and for
+    an object that the crop leaves out. text: the phrase in its template. supported: the view that is the example; None
+    if the phrase is unique, text_weight is 1 then.
     """
 
-    image: np.ndarray
+    dataset: PhraseCut
+    view: View
     mask: np.ndarray
     phrase: str
     text: str
-    support: VisualPrompt | None
+    supported: View | None
     text_weight: float
+
+    @property
+    def image(self) -> np.ndarray:
+        """The query (S, S, 3) uint8, read when it is asked for."""
+        return self.dataset.picture(self.view)
+
+    @property
+    def support(self) -> VisualPrompt | None:
+        """The example, read when it is asked for."""
+        view = self.supported
+        return view and VisualPrompt(self.dataset.picture(view), self.dataset.mask(view) > 0)
 
 
 class PhraseCutPlus:
@@ -167,9 +199,10 @@ class PhraseCutPlus:
     then samples of the same image at random. It depends on nothing but seed, epoch and i, so a training run resumes
     exactly. Each draw replaces the phrase by another with probability `negative` (the mask is empty then), puts
     the phrase into a template, and draws a support among the samples of the phrase, as released the query itself
-    included, with a crop of its own. text_weight: range of the uniform text weight; (0, 1) in the paper, (0, 0.5) in
-    the released experiment files; (0, 0) leaves out the samples and the negatives whose phrase no other sample has
-    (`only_visual` in the released code).
+    included, with a crop of its own. `crop_once`: every image has one crop, around all its objects, and every support
+    one, whatever seed and epoch, so that what a frozen backbone makes of them can be kept. text_weight: range of the
+    uniform text weight; (0, 1) in the paper, (0, 0.5) in the released experiment files; (0, 0) leaves out the samples
+    and the negatives whose phrase no other sample has (`only_visual` in the released code).
     """
 
     def __init__(
@@ -181,6 +214,7 @@ class PhraseCutPlus:
         crop: bool = True,
         visual: bool = True,
         phrases_per_image: int = 1,
+        crop_once: bool = False,
         seed: int = 0,
     ):
         low, high = text_weight
@@ -190,7 +224,7 @@ class PhraseCutPlus:
             raise InputError(f"text_weight = ({low}, {high}): give 0 <= low <= high <= 1")
         self.dataset, self.negative, self.text_weight = dataset, negative, (low, high)
         self.templates, self.crop, self.visual, self.seed = tuple(templates), crop, visual, seed
-        self.phrases_per_image = phrases_per_image
+        self.phrases_per_image, self.crop_once = phrases_per_image, crop_once
         least = 2 if visual and high == 0 else 1
         self._phrases = sorted(p for p, samples in dataset.by_phrase.items() if len(samples) >= least)
         needed = 2 if negative else 1  # a negative's phrase is another one
@@ -215,17 +249,20 @@ class PhraseCutPlus:
     def __getitem__(self, key: tuple[int, int]) -> list[TrainingSample]:
         epoch, i = key
         rng = np.random.default_rng([self.seed, epoch, i])
-        dataset = self.dataset
-        mask = dataset._mask(i)
-        window = crop_window(mask, rng) if self.crop else (slice(None), slice(None))
-        image_id = dataset._tasks[i]["image_id"]
-        image = dataset._image(image_id)[window]
-        more = rng.choice(self._by_image[image_id], self.phrases_per_image - 1)
-        masks = [mask[window], *(dataset._mask(int(j))[window] for j in more)]
-        return [self._draw(int(j), image, m, rng) for j, m in zip([i, *more], masks, strict=True)]
+        own = self._by_image[self.dataset.image_id(i)]
+        window = self._window(own if self.crop_once else [i], rng)
+        more = rng.choice(own, self.phrases_per_image - 1)
+        return [self._draw(View(int(j), window), rng) for j in (i, *more)]
 
-    def _draw(self, i: int, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> TrainingSample:
-        phrase = self.dataset.phrases[i]
+    def _window(self, around: list[int], rng: np.random.Generator) -> tuple[slice, slice]:
+        """Of a crop around the objects of some samples of one image."""
+        if not self.crop:
+            return slice(None), slice(None)
+        mask = np.maximum.reduce([self.dataset.mask(View(j, (slice(None), slice(None)))) for j in around])
+        return crop_window(mask, np.random.default_rng(around) if self.crop_once else rng)
+
+    def _draw(self, view: View, rng: np.random.Generator) -> TrainingSample:
+        phrase, mask = self.dataset.phrases[view.sample], self.dataset.mask(view)
         if rng.random() < self.negative:
             others = len(self._phrases) - 1
             j = int(rng.integers(others))
@@ -234,23 +271,16 @@ class PhraseCutPlus:
             mask = np.zeros_like(mask)
         text = self.templates[rng.integers(len(self.templates))].format(phrase)
         weight = rng.uniform(*self.text_weight)
-        support = self._support(phrase, rng) if self.visual else None
-        return TrainingSample(image, mask, phrase, text, support, weight if support else 1.0)
+        supported = self._support(phrase, rng) if self.visual else None
+        return TrainingSample(self.dataset, view, mask, phrase, text, supported, weight if supported else 1.0)
 
-    def _support(self, phrase: str, rng: np.random.Generator) -> VisualPrompt | None:
+    def _support(self, phrase: str, rng: np.random.Generator) -> View | None:
         candidates = self.dataset.by_phrase[phrase]
         if len(candidates) < 2:
             return None
-        image, mask = self._view(candidates[rng.integers(len(candidates))], rng)
-        return VisualPrompt(image, mask > 0) if mask.any() else None
-
-    def _view(self, i: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        dataset = self.dataset
-        image, mask = dataset._image(dataset._tasks[i]["image_id"]), dataset._mask(i)
-        if self.crop:
-            window = crop_window(mask, rng)
-            image, mask = image[window], mask[window]
-        return image, mask
+        i = candidates[rng.integers(len(candidates))]
+        view = View(i, self._window([i], rng))
+        return view if self.dataset.mask(view).any() else None
 
 
 def crop_window(mask: np.ndarray, rng: np.random.Generator) -> tuple[slice, slice]:

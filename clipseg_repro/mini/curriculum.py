@@ -7,24 +7,25 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from clipseg_repro.mini.phrases import Phrase, describe, general_phrases
+from clipseg_repro.mini.phrases import Phrase, contrary, describe, general_phrases
 from clipseg_repro.mini.scenes import SceneRules, compose
 from clipseg_repro.mini.vocabulary import COLOURS, load_vocabulary
-from clipseg_repro.prompts import IMAGENET_MEAN, IMAGENET_STD, TRAIN_TEMPLATES
+from clipseg_repro.prompts import IMAGENET_MEAN, IMAGENET_STD, RELEASED_SIZE, TRAIN_TEMPLATES
 
 
 @dataclass(frozen=True)
 class Stage:
     """A stretch of the curriculum: `images` scenes of `size` pixels; rules run linearly from `first` to `last`.
 
-    `details` adds attributes, relations and the properties of Table 8 to the captions' names.
+    `details`: how often a caption names an object's attributes, its relation to another and a property of Table 8, in
+    addition to its name.
     """
 
     images: int
     size: int
     first: SceneRules
     last: SceneRules
-    details: bool = True
+    details: tuple[float, float, float] = (0.6, 0.25, 0.3)
 
     def rules(self, progress: float) -> SceneRules:
         def mix(a, b):
@@ -77,13 +78,15 @@ def _gentle(images: int, rules: SceneRules) -> Cycle:
     return Cycle((stage,), batch=32, peak=0.3, warm_up=50, decay=1.0)
 
 
-# Less than four hours on two cores. First from nothing to scenes, names before details: captions with details before
+NAMES = (0.0, 0.0, 0.0)  # no details
+
+# First from nothing to scenes, names before details: captions with details before
 # the towers agree on names slow everything down. Then at full size, gently: a second start at the full rate forgets the
 # first.
 CYCLES = (
     Cycle(
         (
-            Stage(80_000, 56, scene_rules(56, 1, (0.75, 0.97), 5), scene_rules(56, 1, (0.6, 0.97), 20), details=False),
+            Stage(80_000, 56, scene_rules(56, 1, (0.75, 0.97), 5), scene_rules(56, 1, (0.6, 0.97), 20), details=NAMES),
             Stage(32_000, 56, scene_rules(56, 1, (0.6, 0.97), 20), scene_rules(56, 2, (0.45, 0.9), 25)),
             Stage(56_000, 80, scene_rules(80, 2, (0.4, 0.9), 25), scene_rules(80, 3, (0.28, 0.75), 25)),
             Stage(16_000, 112, scene_rules(112, 3, (0.22, 0.7), 25), scene_rules(112, 5, (0.2, 0.6), 25)),
@@ -96,13 +99,14 @@ CYCLES = (
     _gentle(76_800, scene_rules(112, 4, (0.22, 0.65), 25)),
     *2 * (_gentle(144_000, scene_rules(112, 4, (0.2, 0.6), 25)),),
 )
-
-
-LAST = CYCLES[-1].stages[-1]
+# At the paper's geometry, where small things are more than a patch, with what is hardest: relations. An hour or so.
+_ALL = SceneRules(scale=(0.16, 0.6))
+FINE = Cycle((Stage(19_200, RELEASED_SIZE, _ALL, _ALL, details=(0.8, 0.8, 0.2)),), 32, peak=0.3, warm_up=50, decay=1.0)
 
 
 class CaptionedScenes(Dataset):
-    """Item i is (image (3, S, S) float32, objects (N, 3) int64: kind, colour, size; true phrases), given the seed."""
+    """Item i, given the seed: an image (S, S, 3) uint8, its objects (N, 3) int64: kind, colour, size; phrases, whether
+    each is true of it, and the captions that say them."""
 
     def __init__(self, stages: tuple[Stage, ...], seed: int):
         self.stages, self.seed = stages, seed
@@ -120,27 +124,27 @@ class CaptionedScenes(Dataset):
         scene = compose(rng, stage.rules((i - start) / stage.images))
         image = cv2.resize(scene.image, (stage.size, stage.size), interpolation=cv2.INTER_AREA)
         phrases = [p for j in range(len(scene.objects)) for p in self._captions(rng, scene, j, stage.details)]
-        templated = rng.random(len(phrases)) < (0.5 if stage.details else 0.0)
+        # Each with a near miss, where there is one: only these tell left from right and red from blue.
+        misses = [miss for p in phrases if (miss := contrary(rng, p)) and not miss.find(scene)]
+        said = [True] * len(phrases) + [False] * len(misses)
+        phrases += misses
+        templated = rng.random(len(phrases)) < (0.0 if stage.details == NAMES else 0.5)
         texts = [
             TRAIN_TEMPLATES[rng.integers(len(TRAIN_TEMPLATES))].format(p.text) if t else p.text
             for p, t in zip(phrases, templated, strict=True)
         ]
         objects = [(o.kind, _code(o.colour, COLOUR_CODES), _code(o.size, SIZE_CODES)) for o in scene.objects]
-        return image, np.array(objects, np.int64).reshape(-1, 3), phrases, texts
+        return image, np.array(objects, np.int64).reshape(-1, 3), phrases, said, texts
 
     @staticmethod
-    def _captions(rng, scene, index: int, details: bool) -> list[Phrase]:
+    def _captions(rng, scene, index: int, details: tuple[float, float, float]) -> list[Phrase]:
+        attribute, relation, general = rng.random(3) < details
         chosen = [describe(rng, scene, index, "category")]
-        if not details:
-            return chosen
-        if rng.random() < 0.6:
-            chosen.append(describe(rng, scene, index, "attribute"))
-        if rng.random() < 0.25:
-            chosen.append(describe(rng, scene, index, "relation"))
-        if rng.random() < 0.3:
+        chosen += [describe(rng, scene, index, c) for c, on in (("attribute", attribute), ("relation", relation)) if on]
+        if general:
             kind = scene.objects[index].kind
-            general = [p for p in general_phrases() if kind in p.kinds]
-            chosen.append(general[rng.integers(len(general))])
+            true = [p for p in general_phrases() if kind in p.kinds]
+            chosen.append(true[rng.integers(len(true))])
         return [p for p in chosen if p is not None]
 
 
@@ -157,8 +161,8 @@ def _normalised(images: list[np.ndarray]) -> torch.Tensor:
     return (pixels - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
 
 
-def fresh_scenes(rules: SceneRules, size: int, scenes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalised scenes (N, 3, S, S) that no stage shows, and the kind of each 8-pixel patch (N, patches).
+def fresh_scenes(rules: SceneRules, size: int, patch: int, scenes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalised scenes (N, 3, S, S) that no stage shows, and the kind of each patch (N, patches).
 
     A patch less than 70% inside an object has kind -1.
     """
@@ -166,7 +170,7 @@ def fresh_scenes(rules: SceneRules, size: int, scenes: int) -> tuple[torch.Tenso
     for i in range(scenes):
         scene = compose(np.random.default_rng([987, i]), rules)
         images.append(cv2.resize(scene.image, (size, size), interpolation=cv2.INTER_AREA))
-        grid = np.full((size // 8, size // 8), -1)
+        grid = np.full((size // patch, size // patch), -1)
         for thing in scene.objects:
             share = cv2.resize(thing.mask.astype(np.float32), grid.shape, interpolation=cv2.INTER_AREA)
             grid[share > 0.7] = thing.kind
@@ -174,20 +178,22 @@ def fresh_scenes(rules: SceneRules, size: int, scenes: int) -> tuple[torch.Tenso
     return _normalised(images), torch.from_numpy(np.stack(labels)).flatten(1)
 
 
-def collate(items: list) -> tuple[torch.Tensor, np.ndarray, np.ndarray, list[Phrase], list[int], list[str]]:
-    """Images (B, 3, S, S) normalised, objects (N, 3), their images (N,), phrases (P), their images (P), texts (P)."""
+def collate(items: list) -> tuple[torch.Tensor, np.ndarray, np.ndarray, list[Phrase], list[int], list[bool], list[str]]:
+    """Images (B, 3, S, S) normalised, objects (N, 3), their images (N,), phrases (P), their images (P), whether they
+    are true of those (P), texts (P)."""
     images = _normalised([item[0] for item in items])
     objects = np.concatenate([item[1] for item in items])
     owners = np.concatenate([np.full(len(item[1]), b) for b, item in enumerate(items)])
-    phrases = [p for item in items for p in item[2]]
     sources = [b for b, item in enumerate(items) for _ in item[2]]
-    return images, objects, owners, phrases, sources, [t for item in items for t in item[3]]
+    phrases, said, texts = ([x for item in items for x in item[part]] for part in (2, 3, 4))
+    return images, objects, owners, phrases, sources, said, texts
 
 
-def truth(objects, owners, phrases, sources, images: int) -> tuple[torch.Tensor, torch.Tensor]:
+def truth(objects, owners, phrases, sources, said, images: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Which phrase is true of which image: (true, unknown), both (images, P) bool.
 
-    A relation is known for the image it was said of; elsewhere it is false without its kinds and unknown otherwise.
+    sources, said: the image that a phrase is about (-1 for none), and whether it is true of it. A relation is known
+    for that image only; elsewhere it is false without its kinds and unknown otherwise.
     """
     kinds = np.zeros((len(phrases), len(load_vocabulary())), bool)
     for row, phrase in zip(kinds, phrases):
@@ -200,8 +206,8 @@ def truth(objects, owners, phrases, sources, images: int) -> tuple[torch.Tensor,
     true = np.zeros((images, len(phrases)), bool)
     np.logical_or.at(true, owners, holds)
     unknown = true & np.array([p.relation is not None for p in phrases])
-    said = np.array(sources) >= 0
-    own = np.array(sources)[said], np.nonzero(said)[0]
+    sources = np.array(sources)
+    own = sources[sources >= 0], np.nonzero(sources >= 0)[0]
     unknown[own], true[unknown] = False, False
-    true[own] = True
+    true[own] = np.array(said)[own[1]]
     return torch.from_numpy(true), torch.from_numpy(unknown)

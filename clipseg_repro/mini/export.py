@@ -1,5 +1,6 @@
 """Writes the mini world in PhraseCut's layout, so that its readers cannot tell it from the official data."""
 
+import gzip
 import hashlib
 import json
 import multiprocessing
@@ -8,6 +9,7 @@ import re
 import shutil
 import signal
 import threading
+import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
@@ -74,7 +76,7 @@ def build(root: Path, seed: int = 0, workers: int | None = None, splits: dict[st
     except OSError as error:
         raise InputError(
             f"cannot write the mini data to '{root}' ({error.strerror or error}): make that folder writable with "
-            "200 MB free, or choose another one (environment variable CLIPSEG_REPRO_DATA)"
+            "250 MB free, or choose another one (environment variable CLIPSEG_REPRO_DATA)"
         ) from error
     except BrokenProcessPool:
         raise InputError(f"a process that built '{root}' was killed (no memory?): run again, it goes on") from None
@@ -91,14 +93,16 @@ def _sources() -> str:
 
 def _read_json(path: Path):
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        content = path.read_bytes()
+        return json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)
+    except (OSError, ValueError, EOFError, zlib.error):
         return None
 
 
 def _write_json(path: Path, content):
+    text = json.dumps(content, separators=(",", ":")).encode()
     with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, separators=(",", ":")))
+        temporary.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
 
 
 def _damage(folder: Path, manifest: dict) -> list[str] | None:
@@ -112,7 +116,7 @@ def _start(folder: Path, manifest: dict):
     if _read_json(folder / MANIFEST) != manifest:
         shutil.rmtree(folder, ignore_errors=True)
         _write_json(folder / MANIFEST, manifest)
-    for chunk in (folder / CHUNKS).glob("*.json"):
+    for chunk in (folder / CHUNKS).glob("*.gz"):
         if _read_json(chunk) is None:
             chunk.unlink()
 
@@ -169,7 +173,7 @@ def _follow_parent():
 
 
 def _chunk_path(folder: Path, split: str, first: int) -> Path:
-    return folder / CHUNKS / f"{split}_{first:06d}.json"
+    return folder / CHUNKS / f"{split}_{first:06d}.json.gz"
 
 
 def _write_chunk(folder: Path, seed: int, split: str, first: int, last: int) -> int:
@@ -194,7 +198,7 @@ def _write_chunk(folder: Path, seed: int, split: str, first: int, last: int) -> 
 def _join_chunks(folder: Path, splits: dict[str, int]):
     images, names = [], {}
     for split, n in splits.items():
-        chunks = [json.loads(_chunk_path(folder, split, i).read_bytes()) for i in range(0, n, CHUNK)]
+        chunks = [_read_json(_chunk_path(folder, split, i)) for i in range(0, n, CHUNK)]
         images += [entry for chunk in chunks for entry in chunk["images"]]
         for chunk in chunks:
             names |= chunk["names"]

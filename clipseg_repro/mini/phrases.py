@@ -3,7 +3,7 @@
 A `Phrase` knows its words and which objects of any scene it is true of; captions and ground truth come from here alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -17,6 +17,7 @@ RELATIONS = {
     "above": lambda a, b: a.centre[1] < b.centre[1] - 0.5 * max(a.box[3], b.box[3]) / 2,
     "below": lambda a, b: a.centre[1] > b.centre[1] + 0.5 * max(a.box[3], b.box[3]) / 2,
 }
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 # How people ask for the properties of Table 8; the first form is the paper's.
 PROPERTY_FORMS = {
     "sit on": ("sit on", "something to sit on", "a thing you can sit on"),
@@ -103,7 +104,7 @@ def describe(rng: np.random.Generator, scene: Scene, index: int, category: str) 
         if not said:
             return None
         size, colour = (thing.size if thing.size in said else None), (thing.colour if thing.colour in said else None)
-        return Phrase(" ".join([*said, name]), kinds, name, colour, size)
+        return _worded(kinds=kinds, name=name, colour=colour, size=size)
     options = [
         (relation, o.kind)
         for relation, holds in RELATIONS.items()
@@ -114,8 +115,28 @@ def describe(rng: np.random.Generator, scene: Scene, index: int, category: str) 
         return None
     relation, other = options[rng.integers(len(options))]
     other_name = _name(rng, other)
-    text = f"{name} {relation} the {other_name}"
-    return Phrase(text, kinds, name, None, None, relation, frozenset([other]), other_name)
+    return _worded(kinds=kinds, name=name, relation=relation, other=frozenset([other]), other_name=other_name)
+
+
+def contrary(rng: np.random.Generator, phrase: Phrase) -> Phrase | None:
+    """A phrase with the opposite relation, or with another colour or size; None for a bare name."""
+    changes = []
+    if phrase.relation:
+        changes.append({"relation": OPPOSITE[phrase.relation]})
+    if phrase.colour:
+        others = [colour for colour in COLOURS if colour != phrase.colour]
+        changes.append({"colour": others[rng.integers(len(others))]})
+    if phrase.size:
+        changes.append({"size": "small" if phrase.size == "large" else "large"})
+    if not changes:
+        return None
+    return _worded(**{k: v for k, v in vars(phrase).items() if k != "text"} | changes[rng.integers(len(changes))])
+
+
+def _worded(**meaning) -> Phrase:
+    phrase = Phrase("", **meaning)
+    side = f" {phrase.relation} the {phrase.other_name}" if phrase.relation else ""
+    return replace(phrase, text=" ".join([*phrase.attributes, phrase.name]) + side)
 
 
 def tokenizer_corpus() -> list[str]:

@@ -7,6 +7,8 @@ upright object to the crowded scenes of the mini benchmarks (a curriculum; witho
 learn).
 """
 
+import math
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,19 +31,20 @@ from clipseg_repro.devices import mixed_precision
 from clipseg_repro.files import written_whole
 from clipseg_repro.mini.curriculum import (
     CYCLES,
-    LAST,
+    FINE,
     CaptionedScenes,
     Cycle,
     collate,
     fresh_scenes,
-    scene_rules,
     truth,
 )
 from clipseg_repro.mini.phrases import name_phrases, tokenizer_corpus
+from clipseg_repro.mini.scenes import SceneRules
 from clipseg_repro.mini.vocabulary import load_vocabulary
 from clipseg_repro.models.forward import encode
+from clipseg_repro.models.loading import load_model
 from clipseg_repro.models.variants import backbone
-from clipseg_repro.prompts import IMAGENET_MEAN, IMAGENET_STD, TRAIN_TEMPLATES
+from clipseg_repro.prompts import IMAGENET_MEAN, IMAGENET_STD, RELEASED_SIZE, TRAIN_TEMPLATES
 from clipseg_repro.training.loop import fast_attention, fit
 from clipseg_repro.training.muon import Muon
 
@@ -136,27 +139,52 @@ def optimisers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
 
 
 def pretrain(
-    folder: Path, seed: int = 0, budget: float = 1.0, device: str = "cpu", build=build_model, name: str = "mini CLIP"
+    folder: Path,
+    seed: int = 0,
+    budget: float = 1.0,
+    device: str = "cpu",
+    build=build_model,
+    name: str = "mini CLIP",
+    source: str | Path | None = None,
 ) -> PreTrainedModel:
     """Pre-train the mini CLIP and save it as a `transformers` folder in `folder/model` (its decoder is untrained).
 
-    `budget` scales the number of images of every stage (1.0: less than four hours on two cores with bfloat16 units).
-    The curve is in `folder/curve.csv`; every cycle has a folder of its own there, with its checkpoint. Resumes exactly.
-    `build(tokenizer)` gives the untrained model, one of variants.MODELS with a CLIP in it.
+    First from nothing, at 112 px, in `folder/small`; then, `enlarged`, at the paper's geometry. With `source`, a model
+    that the first part made, only the second. `budget` scales the number of images of every stage (1.0: less than four
+    hours on two cores with bfloat16 units, and one more on any two). Curves are in `curve.csv` of both folders; every
+    cycle has a folder of its own there, with its checkpoint. Resumes exactly. `build(tokenizer)` gives the untrained
+    model, one of variants.MODELS with a CLIP in it.
     """
-    torch.manual_seed(seed)
     folder = Path(folder)
-    stored = folder / "processor"  # kept: the trainer of the tokenizer breaks ties differently in every process
-    if not (stored / "tokenizer.json").exists():
-        build_processor().save_pretrained(stored)
-    processor = CLIPSegProcessor.from_pretrained(stored)
-    model = build(processor.tokenizer).to(device).train()
+    if source is None:
+        torch.manual_seed(seed)
+        stored = folder / "small" / "processor"  # kept: the tokenizer's trainer breaks ties differently in each process
+        if not (stored / "tokenizer.json").exists():
+            build_processor().save_pretrained(stored)
+        processor = CLIPSegProcessor.from_pretrained(stored)
+        model = build(processor.tokenizer)
+        _train(name, folder / "small", model, processor, CYCLES, seed, budget, device)
+        source = folder / "small" / "model"
+    model, processor = load_model(source)
+    if model.config.model_type == "clipseg":  # undo `rescale`: Muon's steps are of one size for all matrices
+        scale_stream(model, 1 / model.clip.vision_model.pre_layrnorm.weight.mean())
+    torch.manual_seed(seed)
+    model = enlarged(model)
+    processor.image_processor.size = {"height": RELEASED_SIZE, "width": RELEASED_SIZE}
+    _train(f"{name}, {RELEASED_SIZE} px", folder, model, processor, (FINE,), seed, budget, device)
+    return model
+
+
+def _train(name, folder: Path, model, processor, cycles, seed: int, budget: float, device: str):
+    model.to(device).train()
     names = list(name_phrases())
+    untouched = deepcopy(processor)  # tokenizing leaves its truncation in the other
 
     def losses(batch) -> dict[str, torch.Tensor]:
-        images, objects, owners, phrases, sources, texts = batch
+        images, objects, owners, phrases, sources, said, texts = batch
         # Every name is a candidate for every image: negatives for all, and the text tower meets each name in each step.
-        true, unknown = truth(objects, owners, phrases + names, sources + [-1] * len(names), len(images))
+        phrases, sources, said = phrases + names, sources + [-1] * len(names), said + [False] * len(names)
+        true, unknown = truth(objects, owners, phrases, sources, said, len(images))
         true, unknown = true.to(device), unknown.to(device)
         with mixed_precision(model.device):
             tokens = embed_patches(model, images.to(device))
@@ -168,6 +196,7 @@ def pretrain(
     run_cycles(
         name,
         folder,
+        cycles,
         seed,
         budget,
         model,
@@ -177,22 +206,57 @@ def pretrain(
         attention=model.base_model,
     )
     if model.config.model_type == "clipseg":  # batch norm keeps a ResNet's activations in range
-        rescale(model, fresh_scenes(LAST.last, LAST.size, 64)[0].to(device))
+        rescale(model, probe_scenes(model, 64)[0].to(device))
     model.save_pretrained(folder / "model")
-    # A fresh one: tokenizing has left its truncation in the other.
-    CLIPSegProcessor.from_pretrained(stored).save_pretrained(folder / "model")
+    untouched.save_pretrained(folder / "model")
     return model
 
 
-def run_cycles(name, folder: Path, seed: int, budget: float, model: nn.Module, optimise, losses, probe, attention):
-    """Train `model` on the curriculum, `budget` times as long; its curve is in `folder/curve.csv`. Resumes exactly.
+def enlarged(model: PreTrainedModel) -> PreTrainedModel:
+    """A mini model at the paper's geometry: 352 px and patches twice the size; its decoder, with the refined head, is
+    untrained.
+
+    On a picture whose pixels are repeated 2 x 2, all is embedded as before: the first kernel is repeated 2 x 2 and
+    divided by 4 (so is a ResNet's, whose stride doubles). Positions are interpolated bicubically.
+    """
+    config = deepcopy(model.config)
+    vision = config.vision_config
+    vision.image_size, vision.patch_size = RELEASED_SIZE, 2 * vision.patch_size
+    if hasattr(vision, "stem"):
+        vision.stem *= 2
+    if hasattr(config, "input_size"):
+        config.input_size = RELEASED_SIZE
+    config.use_complex_transposed_convolution = True
+    made = type(model)(config)
+    wanted = made.state_dict()
+    towers = {name: value for name, value in model.state_dict().items() if not name.startswith("decoder.")}
+    made.load_state_dict({name: _resized(value, wanted[name].shape) for name, value in towers.items()}, strict=False)
+    return made
+
+
+def _resized(weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A kernel (O, I, k, k) or positions ([1,] 1 + side**2, width) in the larger `shape`."""
+    if weight.shape == shape:
+        return weight
+    if weight.ndim == 4:
+        return weight.repeat_interleave(2, 2).repeat_interleave(2, 3) / 4
+    rows = weight.view(-1, shape[-1])
+    before, after = (math.isqrt(n - 1) for n in (len(rows), shape[-2]))
+    grid = F.interpolate(rows[1:].T.view(1, -1, before, before), (after, after), mode="bicubic")
+    return torch.cat([rows[:1], grid[0].flatten(1).T]).view(shape)
+
+
+def run_cycles(
+    name, folder: Path, cycles, seed: int, budget: float, model: nn.Module, optimise, losses, probe, attention
+):
+    """Train `model` in `cycles`, `budget` times as long; the curve is in `folder/curve.csv`. Resumes exactly.
 
     optimise() gives the optimisers by name, fresh ones for every cycle; losses(batch) the losses by name, whose sum is
     minimised; probe() what the curve shows besides. `attention`: the module whose attention is trained.
     """
     curves = []
     with fast_attention(attention):
-        for number, cycle in enumerate(CYCLES, start=1):
+        for number, cycle in enumerate(cycles, start=1):
             own = seed + number - 1  # every cycle has scenes of its own
             part = (f"{name}, cycle-{number}", folder / f"cycle-{number}", cycle.shortened(budget), own)
             curve = _run_cycle(*part, model, optimise(), losses, probe)
@@ -230,7 +294,7 @@ def _run_cycle(name, folder: Path, cycle: Cycle, seed: int, model, optimiser, lo
         {"model": model, **optimiser},
         {"seed": seed} | asdict(cycle),
         validate=probe,
-        every=min(300, cycle.steps),
+        every=min(150, cycle.steps),
     )
 
 
@@ -242,7 +306,12 @@ def rescale(model: PreTrainedModel, pixel_values: torch.Tensor):
     to tens of units, and a decoder that reads it with fresh weights would drown in it.
     """
     *_, deepest = encode(model, pixel_values)
-    factor = 1 / deepest.std()
+    scale_stream(model, 1 / deepest.std())
+
+
+@torch.no_grad()
+def scale_stream(model: PreTrainedModel, factor: float | torch.Tensor):
+    """Multiply all that writes to a ViT's residual stream by `factor`."""
     for parameter in _stream_writers(model):
         parameter.mul_(factor)
 
@@ -259,9 +328,15 @@ def _stream_writers(model) -> list[nn.Parameter]:
     return start + [parameter for writer in writers for parameter in writer.parameters()]
 
 
+def probe_scenes(model: PreTrainedModel, scenes: int, rules: SceneRules | None = None):
+    """`fresh_scenes` of the mini benchmarks (`rules` None) for a model's input and patches."""
+    vision = model.config.vision_config
+    return fresh_scenes(rules or SceneRules(), vision.image_size, vision.patch_size, scenes)
+
+
 @torch.inference_mode()
 def probe(model: PreTrainedModel, processor: CLIPSegProcessor, scenes: int = 256) -> dict[str, float]:
-    """Zero-shot accuracy on fresh scenes of the last stage, against all canonical names.
+    """Zero-shot accuracy on fresh scenes, against all canonical names.
 
     `top1`: share of single-object images whose embedding is nearest to the right name. `patch_top1`: share of patches
     more than 70% inside an object whose embedding is nearest to that object's name (MaskCLIP's reading of the tokens).
@@ -270,12 +345,11 @@ def probe(model: PreTrainedModel, processor: CLIPSegProcessor, scenes: int = 256
     device = model.device
     with mixed_precision(device):
         names = embed_texts(model, processor.tokenizer, [f"a photo of a {k.name}." for k in load_vocabulary()]).cpu()
-    size = LAST.size
     result = {}
-    for key, rules in {"top1": scene_rules(size, 1, (0.5, 0.8), 25), "patch_top1": LAST.last}.items():
-        pixels, labels = fresh_scenes(rules, size, scenes)
+    for key, rules in {"top1": SceneRules(objects=(1, 1), scale=(0.5, 0.8)), "patch_top1": SceneRules()}.items():
+        pixels, labels = probe_scenes(model, scenes, rules)
         with mixed_precision(device):
-            tokens = torch.cat([embed_patches(model, part) for part in pixels.to(device).split(64)]).cpu()
+            tokens = torch.cat([embed_patches(model, part) for part in pixels.to(device).split(32)]).cpu()
         if key == "top1":
             kinds = labels.amax(1)
             guess = (tokens[:, 0] @ names.T).argmax(-1)

@@ -9,18 +9,20 @@ from functools import cache, lru_cache
 import cv2
 import numpy as np
 import skimage.data
+from PIL import Image
 
-from clipseg_repro.mini.vocabulary import COLOURS, SPRITE_SIZE, load_vocabulary, sprite
+from clipseg_repro.mini.vocabulary import COLOURS, SPRITE_SIZE, load_vocabulary, recolour, sprite
 
 SMALL, LARGE = 0.28, 0.46  # "small" and "large": longer side of the object over the shorter side of the image
-MIN_VISIBLE = 0.6  # every object keeps at least this share of its area in view
+MIN_VISIBLE = 0.75  # every object keeps at least this share of its area in view
+DARKEST = 110  # of a background: pictograms have black outlines
 
 
 @dataclass(frozen=True)
 class SceneRules:
     """What scenes of one split or training stage look like. Lengths: pixels, or shares of the image's shorter side."""
 
-    sizes: tuple[tuple[int, int], ...] = ((160, 160), (144, 192), (192, 144), (160, 192), (192, 160))  # height, width
+    sizes: tuple[tuple[int, int], ...] = ((320, 320), (320, 360), (360, 320), (320, 400), (400, 320))  # height, width
     objects: tuple[int, int] = (1, 5)
     scale: tuple[float, float] = (0.2, 0.6)
     max_angle: float = 25.0
@@ -73,39 +75,43 @@ def _photographs() -> tuple[np.ndarray, ...]:
     return tuple(
         cv2.resize(c, None, fx=s, fy=s, interpolation=cv2.INTER_AREA)
         for c in crops
-        for s in [max(224 / min(c.shape[:2]), 0.45)]
+        for s in [max(400 / min(c.shape[:2]), 0.8)]
     )
 
 
 def _background(rng: np.random.Generator, height: int, width: int, plain: float) -> np.ndarray:
+    """A photograph, smooth noise or stripes between two colours, or one colour: float32, at least DARKEST."""
     if rng.random() < plain:
-        return np.full((height, width, 3), rng.integers(0, 256, 3) * (rng.random() < 0.8), np.float32)
-    if rng.random() < 0.65:
+        picture = np.full((height, width, 3), rng.integers(0, 256, 3), np.float32)
+    elif rng.random() < 0.6:
         photo = _photographs()[rng.integers(len(_photographs()))]
         side = int(rng.uniform(0.4, 1.0) * min(photo.shape[:2]))
         y, x = rng.integers(photo.shape[0] - side + 1), rng.integers(photo.shape[1] - side + 1)
         picture = cv2.resize(photo[y : y + side, x : x + side], (width, height), interpolation=cv2.INTER_LINEAR)
+        # A lens focused on the objects: the coarse is left, which no outline of a pictogram looks like.
+        picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.004, 0.02) * min(height, width))
         picture = picture[:: rng.choice([-1, 1]), :: rng.choice([-1, 1])].astype(np.float32)
-        tint = rng.uniform(0.6, 1.2, 3) if rng.random() < 0.6 else rng.uniform(0.6, 1.2)
-        return np.clip(picture * tint + rng.uniform(-20, 40), 0, 255)
-    # Synthetic: smooth noise between two colours, from near-gradients to coarse clouds, or stripes.
-    low, high = rng.uniform(0, 255, 3), rng.uniform(0, 255, 3)
-    if rng.random() < 0.3:
-        angle, period = rng.uniform(0, np.pi), rng.uniform(8, 60)
-        yy, xx = np.mgrid[:height, :width]
-        wave = 0.5 + 0.5 * np.sin((np.cos(angle) * xx + np.sin(angle) * yy) * 2 * np.pi / period)
+        picture *= rng.uniform(0.7, 1.2, 3) if rng.random() < 0.6 else rng.uniform(0.7, 1.2)
     else:
-        cells = int(rng.integers(2, 9))
-        wave = cv2.resize(rng.random((cells, cells), np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
-    return np.clip(low + (high - low) * wave[..., None].astype(np.float32), 0, 255).astype(np.float32)
+        low, high = rng.uniform(0, 255, (2, 3)).astype(np.float32)
+        if rng.random() < 0.3:
+            angle, period = rng.uniform(0, np.pi), rng.uniform(0.05, 0.4) * min(height, width)
+            yy, xx = np.mgrid[:height, :width].astype(np.float32)
+            wave = 0.5 + 0.5 * np.sin((np.cos(angle) * xx + np.sin(angle) * yy) * (2 * np.pi / period))
+        else:
+            cells = int(rng.integers(2, 9))
+            wave = cv2.resize(rng.random((cells, cells), np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+        picture = low + (high - low) * wave[..., None].astype(np.float32)
+    darkest = rng.uniform(DARKEST, DARKEST + 40)
+    return darkest + np.clip(picture, 0, 255) * ((255 - darkest) / 255)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _source(hexcode: str, colour: str | None, level: int) -> tuple[np.ndarray, np.ndarray]:
-    """A pictogram at `level` pixels, float32 with premultiplied alpha, and the (x, y) of its convex outline, (2, N)."""
-    rgba = sprite(hexcode, colour).astype(np.float32)
-    rgba[..., :3] *= rgba[..., 3:] / 255.0
-    rgba = cv2.resize(rgba, (level, level), interpolation=cv2.INTER_AREA)
+    """A pictogram at `level` pixels, uint8 with premultiplied alpha, and the (x, y) of its convex outline, (2, N)."""
+    rgba = Image.fromarray(sprite(hexcode)).resize((level, level), Image.Resampling.BOX)
+    rgba = np.array(rgba) if colour is None else recolour(np.asarray(rgba), colour)
+    rgba[..., :3] = np.rint(rgba[..., :3] * (rgba[..., 3:] / np.float32(255)))
     ys, xs = np.nonzero(rgba[..., 3] > 127)
     outline = cv2.convexHull(np.stack([xs, ys], 1).astype(np.float32))[:, 0].T
     return rgba, outline
@@ -128,8 +134,8 @@ def _draw(rng, hexcode, colour, height, width, scale, max_angle):
     x = int(rng.integers(0, width - w + 1))
     y = int(rng.integers(0, height - h + 1))
     full = np.hstack([matrix, (1 - low)[:, None]]).astype(np.float32)
-    warped = cv2.warpAffine(source, full, (int(w), int(h)), flags=cv2.INTER_LINEAR)
-    return warped[..., :3], warped[..., 3] / 255.0, (slice(y, y + h), slice(x, x + w))
+    warped = cv2.warpAffine(source, full, (int(w), int(h)), flags=cv2.INTER_LINEAR).astype(np.float32)
+    return warped[..., :3], warped[..., 3] / 255, (slice(y, y + h), slice(x, x + w))
 
 
 def compose(rng: np.random.Generator, rules: SceneRules = SceneRules()) -> Scene:
@@ -150,14 +156,14 @@ def compose(rng: np.random.Generator, rules: SceneRules = SceneRules()) -> Scene
         colour = list(COLOURS)[rng.integers(len(COLOURS))] if recoloured else None
         hexcode = kind.pictograms[rng.integers(len(kind.pictograms))]
         for attempt in range(12):
-            scale = rng.uniform(*rules.scale) * 0.93**attempt
+            scale = rng.uniform(*rules.scale) * 0.95**attempt
             drawn = _draw(rng, hexcode, colour, height, width, scale, rules.max_angle)
             if drawn is None:
                 continue
             rgb, alpha, window = drawn
             shape = alpha > 0.5
-            hidden = [int((p["mask"][window] & shape).sum()) for p in placed]
-            if all(p["mask"].sum() - h >= MIN_VISIBLE * p["area"] for p, h in zip(placed, hidden)):
+            hidden = [np.count_nonzero(p["mask"][window] & shape) for p in placed]
+            if all(np.count_nonzero(p["mask"]) - h >= MIN_VISIBLE * p["area"] for p, h in zip(placed, hidden)):
                 break
         else:
             continue
@@ -170,7 +176,8 @@ def compose(rng: np.random.Generator, rules: SceneRules = SceneRules()) -> Scene
         placed.append({"kind": kind.index, "colour": colour, "size": size, "mask": mask, "area": int(shape.sum())})
         light = rng.uniform(0.8, 1.1)
         canvas[window] = canvas[window] * (1 - alpha[..., None]) + np.minimum(rgb * light, 255)
-    canvas = canvas * rng.uniform(0.85, 1.1) + rng.uniform(0, 6) * rng.standard_normal(canvas.shape, np.float32)
+    grain = rng.uniform(0, 3) * rng.standard_normal((height, width, 1), np.float32)
+    canvas = canvas * np.float32(rng.uniform(0.9, 1.1)) + grain
     return Scene(np.clip(canvas, 0, 255).astype(np.uint8), tuple(_finish(p) for p in placed))
 
 

@@ -17,7 +17,7 @@ import pandas as pd
 import resvg_py
 from PIL import Image
 
-SPRITE_SIZE = 128
+SPRITE_SIZE = 256
 # Hue (OpenCV, 0 to 179), saturation and value (0 to 255) that a recoloured object takes.
 COLOURS = {
     "red": (0, 215, 215),
@@ -92,11 +92,9 @@ def read_svg(hexcode: str) -> str:
 
 
 @cache
-def sprite(hexcode: str, colour: str | None = None) -> np.ndarray:
-    """RGBA uint8 picture of a pictogram, cut to its outline and centred in SPRITE_SIZE pixels; `colour` repaints it."""
-    if colour is not None:
-        return recolour(sprite(hexcode), colour)
-    png = bytes(resvg_py.svg_to_bytes(svg_string=read_svg(hexcode), width=2 * SPRITE_SIZE))
+def sprite(hexcode: str) -> np.ndarray:
+    """RGBA uint8 picture of a pictogram, cut to its outline and centred in SPRITE_SIZE pixels."""
+    png = bytes(resvg_py.svg_to_bytes(svg_string=read_svg(hexcode), width=SPRITE_SIZE * 3 // 2))
     rgba = Image.open(BytesIO(png)).convert("RGBA")
     rgba = rgba.crop(rgba.getchannel("A").point(lambda a: 255 * (a > 32)).getbbox())
     side = max(rgba.size)

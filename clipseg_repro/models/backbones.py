@@ -178,11 +178,10 @@ class ClipResNet(_ClipText):
     def __init__(self, config):
         super().__init__(config)
         vision = config.vision_config
-        self.stride = 4 * math.prod(vision.strides)
+        self.stride = 4 * vision.stem * math.prod(vision.strides)
         grid = vision.image_size // self.stride
-        self.visual = ModifiedResNet(
-            vision.stages, vision.strides, vision.width, grid, vision.num_attention_heads, config.projection_dim
-        )
+        sizes = vision.width, grid, vision.num_attention_heads, config.projection_dim
+        self.visual = ModifiedResNet(vision.stages, vision.strides, *sizes, vision.stem)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.layers, self.patch = list(config.extract_layers), vision.patch_size
 

@@ -68,12 +68,14 @@ class AttentionPool(nn.Module):
 class ModifiedResNet(nn.Module):
     """Three convolutions and a pool (stride 4), stages of bottlenecks, then attention pooling to `outputs` numbers.
 
-    Stage i has blocks[i] bottlenecks, strides[i], and 4 * width * 2**i channels.
+    Stage i has blocks[i] bottlenecks, strides[i], and 4 * width * 2**i channels. `stem`: the first kernel and its
+    stride are that many times CLIP's.
     """
 
-    def __init__(self, blocks, strides, width: int, grid: int, heads: int, outputs: int):
+    def __init__(self, blocks, strides, width: int, grid: int, heads: int, outputs: int, stem: int = 1):
         super().__init__()
-        self.conv1, self.bn1 = conv_norm(3, width // 2, 3, stride=2)
+        self.conv1 = nn.Conv2d(3, width // 2, 3 * stem, 2 * stem, padding=stem, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
         self.conv2, self.bn2 = conv_norm(width // 2, width // 2, 3)
         self.conv3, self.bn3 = conv_norm(width // 2, width, 3)
         channels = width

@@ -38,6 +38,7 @@ class ResNetVisionConfig(CLIPSegVisionConfig):
     num_attention_heads: int = 40
     image_size: int = 288
     patch_size: int = 16
+    stem: int = 1  # of ModifiedResNet
 
 
 class ClipSegResNetConfig(CLIPSegConfig):

@@ -75,8 +75,15 @@ SCALES = {
         model="mini",
         phrasecut=Path("mini/PhraseCut/VGPhraseCut_v0"),
         results=Path("."),
-        live={"iterations": 160, "batch": 16},
-        training={"iterations": 3000, "phrases_per_image": 4, "film": "aligned"},
+        live={"iterations": 80, "batch": 16, "visual": False},
+        training={
+            "iterations": 900,
+            "batch": 48,
+            "final_learning_rate": 0.0,
+            "phrases_per_image": 4,
+            "crop_once": True,
+            "film": "aligned",
+        },
         sources={
             "vitseg": Path("training/mini-vit/model"),
             "clipseg-resnet": Path("training/mini-resnet-clip/model"),

@@ -5,6 +5,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
@@ -20,8 +21,10 @@ from clipseg_repro.models.loading import load_model
 from clipseg_repro.models.variants import adapted, backbone
 from clipseg_repro.prompts import prepare, to_pixels
 from clipseg_repro.segmenter import Segmenter
+from clipseg_repro.training.kept import Kept, frozen_key
 from clipseg_repro.training.loop import fast_attention, fit, writing
 
+AT_ONCE = 12  # prompts whose gradients a CPU computes together: more do not stay in its cache
 ALIGN_ON = 64  # training images that `align_film` looks at
 
 
@@ -35,16 +38,18 @@ def experiments() -> dict[str, dict]:
 
 @dataclass
 class Batch:
-    """Query crops, and for each of N prompts: which query it is put to, its words, example, mixture and truth.
+    """Pictures, and for each of N prompts: which query it is put to, its words, example, mixture and truth.
 
-    pixels: (B, 3, S, S). rows: (N,) indices into B. texts: N. supports: (M, 3, S, S) for the prompts `supported` (M,)
-    in N. weights: (N,) share of the text. masks: (N, S, S) float.
+    queries, supports: pixels (3, S, S) by the row of `Kept` that stands for the picture, None where it is kept.
+    rows: (N,) places in `queries`. texts: N. shown: (M,) places in `supports` for the prompts `supported` (M,) in N.
+    weights: (N,) share of the text. masks: (N, S, S) float.
     """
 
-    pixels: torch.Tensor
+    queries: dict[int, torch.Tensor | None]
     rows: torch.Tensor
     texts: list[str]
-    supports: torch.Tensor
+    supports: dict[int, torch.Tensor | None]
+    shown: torch.Tensor
     supported: torch.Tensor
     weights: torch.Tensor
     masks: torch.Tensor
@@ -64,35 +69,49 @@ class _Draws(Dataset):
 
 
 class _Collate:
-    def __init__(self, image_processor):
-        self.image_processor = image_processor
+    """Makes a Batch of draws; pictures whose outputs are kept are not even read."""
+
+    def __init__(self, image_processor, images: Kept, examples: Kept, row_of: dict[int, int]):
+        self.image_processor, self.images, self.examples, self.row_of = image_processor, images, examples, row_of
+        self.size = image_processor.size["height"], image_processor.size["width"]
 
     def __call__(self, draws: list[list[TrainingSample]]) -> Batch:
-        pixels = to_pixels([draw[0].image for draw in draws], self.image_processor)
         samples = [sample for draw in draws for sample in draw]
         masks = [torch.tensor(sample.mask, dtype=torch.float32)[None, None] for sample in samples]
-        supported = [i for i, s in enumerate(samples) if s.support]
-        supports = [prepare(samples[i].support, self.image_processor)[0] for i in supported]
+        supported = [i for i, s in enumerate(samples) if s.supported]
+        # Where nothing is kept, crops differ: each has a row of its own.
+        keep = self.images.folder is not None
+        asked = [self.row_of[d[0].dataset.image_id(d[0].view.sample)] if keep else n for n, d in enumerate(draws)]
+        shown = [samples[i].supported.sample if keep else i for i in supported]
+        queries = {
+            row: None if row in self.images else to_pixels([draw[0].image], self.image_processor)[0]
+            for row, draw in zip(asked, draws, strict=True)
+        }
+        supports = {
+            row: None if row in self.examples else prepare(samples[i].support, self.image_processor)[0]
+            for row, i in zip(shown, supported, strict=True)
+        }
+        queried = [list(queries).index(row) for row in asked]
         return Batch(
-            pixels=pixels,
-            rows=torch.tensor([row for row, draw in enumerate(draws) for _ in draw]),
+            queries=queries,
+            rows=torch.tensor([row for row, draw in zip(queried, draws, strict=True) for _ in draw]),
             texts=[s.text for s in samples],
-            supports=torch.stack(supports) if supports else pixels[:0],
+            supports=supports,
+            shown=torch.tensor([list(supports).index(row) for row in shown], dtype=torch.long),
             supported=torch.tensor(supported, dtype=torch.long),
             weights=torch.tensor([s.text_weight for s in samples]),
-            masks=torch.cat([F.interpolate(mask, pixels.shape[-2:])[0] for mask in masks]),
+            masks=torch.cat([F.interpolate(mask, self.size)[0] for mask in masks]),
         )
 
 
-def conditions(model, processor, batch: Batch) -> torch.Tensor:
-    """The mixed conditions (N, P) of a batch: text * weight + visual * (1 - weight)."""
-    text = embed_texts(model, processor, batch.texts).float()
-    visual = text.clone()
+def mixed(texts: torch.Tensor, examples: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+    """Conditions (N, P) of texts (N, P) and examples (as many as batch.supports, P): text * weight + visual * (1 -
+    weight)."""
+    visual = texts.clone()
     if len(batch.supported):
-        embedded = embed_images(model, batch.supports.to(model.device, model.dtype)).float()
-        visual[batch.supported.to(model.device)] = embedded
-    weights = batch.weights.to(model.device)[:, None]
-    return weights * text + (1 - weights) * visual
+        visual[batch.supported.to(texts.device)] = examples.to(texts)[batch.shown.to(texts.device)]
+    weights = batch.weights.to(texts.device)[:, None]
+    return weights * texts + (1 - weights) * visual
 
 
 def train(
@@ -102,13 +121,15 @@ def train(
     source: str = "mini",
     seed: int = 0,
     validate_on: int = 100,
+    keep: Path | None = None,
     **budget,
 ):
     """Train a fresh decoder for `run` on the PhraseCut data in `root` and save the model to `folder/model`.
 
     `source` gives CLIP, or whatever backbone the run's model has (its decoder is replaced). `budget` overrides settings
-    of the run, as `Scale.training` does. Progress, curve and checkpoint are `loop.fit`'s, in `folder`: a killed run
-    resumes exactly. `validate_on`: images of the val split in the curve.
+    of the run, as `Scale.training` does. `keep`: a folder for what the frozen backbone makes of the pictures, where the
+    run crops them once (`crop_once`); runs on the same backbone share it. Progress, curve and checkpoint are
+    `loop.fit`'s, in `folder`: a killed run resumes exactly. `validate_on`: images of the val split in the curve.
     Returns the trained Segmenter. Raises InputError for an unknown run and for a source of another kind of model.
     """
     if run not in experiments():
@@ -132,40 +153,59 @@ def train(
         tuple(settings["text_weight"]),
         visual=settings["visual"],
         phrases_per_image=settings["phrases_per_image"],
+        crop_once=settings["crop_once"],
         seed=seed,
     )
+    keep = keep / frozen_key(frozen, processor, data.dataset.folder) if keep and settings["crop_once"] else None
+    images = Kept(keep and keep / "images", len(data.dataset.by_image))
+    examples = Kept(keep and keep / "examples", len(data.dataset), np.float32)
     val = PhraseCut(root, "val")
     optimiser = torch.optim.AdamW(model.decoder.parameters(), lr=settings["learning_rate"])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, settings["final_learning_rate"])
-    images = settings["batch"] // settings["phrases_per_image"]
-    draws, collate = _Draws(data, steps * images), _Collate(processor.image_processor)
+    crops = settings["batch"] // settings["phrases_per_image"]
+    row_of = {image: row for row, image in enumerate(data.dataset.by_image)}
+    draws, collate = _Draws(data, steps * crops), _Collate(processor.image_processor, images, examples, row_of)
+
+    def activations(batch: Batch) -> list[torch.Tensor]:
+        return images.get(batch.queries, lambda pixels: encode(frozen, pixels.to(device, dtype)))
+
+    def conditions(batch: Batch) -> torch.Tensor:
+        shown = None
+        if batch.supports:
+            (shown,) = examples.get(batch.supports, lambda x: [embed_images(frozen, x.to(device, dtype)).float()])
+        return mixed(embed_texts(frozen, processor, batch.texts).float(), shown, batch)
+
     if settings["film"] == "aligned":
         batch = collate([draws[n] for n in range(ALIGN_ON)])
-        *_, deepest = encode(model, batch.pixels.to(device))
-        align_film(model, deepest, embed_texts(model, processor, batch.texts))
+        *_, deepest = activations(batch)
+        align_film(model, deepest.float().to(device), embed_texts(model, processor, batch.texts))
 
     def batches(first: int):
         return DataLoader(
             draws,
-            images,
-            sampler=range(first * images, steps * images),
+            crops,
+            sampler=range(first * crops, steps * crops),
             num_workers=1,
             collate_fn=collate,
             prefetch_factor=4,
         )
 
     def step(_: int, batch: Batch) -> dict[str, torch.Tensor]:
-        activations = encode(frozen, batch.pixels.to(device, dtype))
-        condition = conditions(frozen, processor, batch)
-        rows = batch.rows.to(device)
-        with accelerator.autocast():
-            logits = decode(model, [a[rows] for a in activations], condition)
-        loss = F.binary_cross_entropy_with_logits(logits.float(), batch.masks.to(device))
-        accelerator.backward(loss)
+        condition = conditions(batch)
+        seen = [a.to(device, condition.dtype) for a in activations(batch)]
+        total = torch.zeros((), device=device)
+        for part in torch.arange(len(condition)).split(AT_ONCE if device.type == "cpu" else len(condition)):
+            rows = batch.rows[part].to(device)
+            with accelerator.autocast():
+                logits = decode(model, [a[rows] for a in seen], condition[part.to(device)])
+            masks = batch.masks[part].to(device)
+            loss = F.binary_cross_entropy_with_logits(logits.float(), masks, reduction="sum") / batch.masks.numel()
+            accelerator.backward(loss)
+            total += loss.detach()
         optimiser.step()
         schedule.step()
         optimiser.zero_grad(set_to_none=True)
-        return {"loss": loss}
+        return {"loss": total}
 
     with fast_attention(model.decoder):
         fit(

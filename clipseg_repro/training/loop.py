@@ -44,7 +44,6 @@ def fit(
     the same weights as one that was not. `settings` are stored with the checkpoint: a folder that holds a run with
     other settings, or a damaged checkpoint, is refused with an InputError, as is a folder that cannot be written.
     """
-    _keep_freed_memory()
     folder = Path(folder)
     checkpoint = folder / "checkpoint.pt"
     sweep(folder)
@@ -71,8 +70,10 @@ def fit(
     totals: dict[str, torch.Tensor] = {}
     counted = 0
     if first < steps:
+        loader = iter(batches(first))
+        _keep_freed_memory()  # after the start of loader's workers: theirs would grow to gigabytes
         with tqdm(total=steps, initial=first, desc=name, unit="step", mininterval=1) as bar:
-            for i, batch in zip(range(first, steps), batches(first)):
+            for i, batch in zip(range(first, steps), loader):
                 losses = step(i, batch)
                 for key, value in losses.items():
                     totals[key] = totals.get(key, 0) + value.detach()

@@ -524,13 +524,27 @@ def test_phrases_of_an_image_share_its_crop(tmp_path):
         samples = plus[epoch, i]
         assert len(samples) == 4
         assert samples[0].phrase == dataset.phrases[i]
-        assert all(s.image is samples[0].image and s.mask.shape == s.image.shape[:2] for s in samples)
+        assert all(np.array_equal(s.image, samples[0].image) and s.mask.shape == s.image.shape[:2] for s in samples)
         if i:
             more.update(s.phrase for s in samples[1:])
         else:
             assert {s.phrase for s in samples} == {"cow"}
     assert set(more) == {"cat", "dog", "owl"}
     assert is_plausible(chisquare(list(more.values())).pvalue)
+
+
+def test_crops_drawn_once_are_the_same_for_all_seeds_and_epochs(many):
+    views = {"query": {}, "support": {}}
+    for seed in (0, 1):
+        plus = PhraseCutPlus(many, crop_once=True, seed=seed)
+        for n in range(100):
+            s = draw(plus, n)
+            views["query"].setdefault(many.image_id(s.view.sample), set()).add(str(s.view.window))
+            if s.supported:
+                views["support"].setdefault(s.supported.sample, set()).add(str(s.supported.window))
+    assert len(views["query"]) == len(many.by_image) and len(views["support"]) == len(many.supported)
+    assert all(len(found) == 1 for kind in views.values() for found in kind.values())
+    assert len(set.union(*views["query"].values())) > 1
 
 
 def test_an_epoch_visits_every_sample_once(many):

@@ -9,7 +9,7 @@ from clipseg_repro.mini.scenes import SceneRules, compose
 from clipseg_repro.mini.vocabulary import load_vocabulary
 from clipseg_repro.models.loading import MINI
 
-RULES = SceneRules(sizes=((160, 160),), objects=(2, 2), scale=(0.35, 0.5), repeat=0.0)
+RULES = SceneRules(sizes=((320, 320),), objects=(2, 2), scale=(0.35, 0.5), repeat=0.0)
 
 
 def scenes(count=24):
@@ -19,7 +19,7 @@ def scenes(count=24):
 
 
 def test_folder_is_small_and_loads_with_transformers_alone():
-    assert sum(f.stat().st_size for f in MINI.iterdir()) <= 20_000_000
+    assert sum(f.stat().st_size for f in MINI.iterdir()) <= 10_000_000
     model = CLIPSegForImageSegmentation.from_pretrained(MINI, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(MINI)
     scene, names = next(scenes())

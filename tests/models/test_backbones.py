@@ -23,7 +23,7 @@ from clipseg_repro import Segmenter, VisualPrompt, interpolate, load_segmenter
 from clipseg_repro.datasets.phrasecut import PhraseCut, PhraseCutPlus
 from clipseg_repro.errors import InputError
 from clipseg_repro.evaluation.visual_prompting import name_probabilities
-from clipseg_repro.mini import curriculum, pretrain_backbones
+from clipseg_repro.mini import pretrain, pretrain_backbones
 from clipseg_repro.models import loading
 from clipseg_repro.models.forward import decode, embed_images, embed_texts, encode
 from clipseg_repro.models.loading import load_model
@@ -347,17 +347,17 @@ def test_examples_alone_leave_out_what_has_none(data):
 
 @pytest.mark.parametrize("name", ["mini-resnet-clip", "mini-vit"])
 def test_mini_towers_are_made_and_segment(name, tmp_path, picture, short_curriculum):
-    """One batch of every stage; the images of the last one are 112 px."""
+    """One batch of every stage, the last at the paper's geometry."""
     pretrain_backbones.PRETRAINING[name](tmp_path, budget=1e-6)
     segmenter = load_segmenter(tmp_path / "model", device="cpu", dtype="float32")
     segmenter.set_image(picture)
-    assert segmenter.logits("a cat").shape == (1, 112, 112)
+    assert segmenter.logits("a cat").shape == (1, 352, 352)
     (wanted,) = [model for model, source in SCALES["mini"].sources.items() if source.parent.name == name]
     assert segmenter.model.config.model_type == wanted
     if wanted == "vitseg":  # as the mini CLIP's; batch norm does it for the ResNet
-        *_, deepest = encode(segmenter.model, curriculum.fresh_scenes(curriculum.LAST.last, 112, 8)[0])
+        *_, deepest = encode(segmenter.model, pretrain.probe_scenes(segmenter.model, 8)[0])
         assert deepest.std().item() == pytest.approx(1, abs=0.01)
-    rows = (tmp_path / "curve.csv").read_text().splitlines()
+    rows = (tmp_path / "small" / "curve.csv").read_text().splitlines()
     assert len(rows) == 1 + len(short_curriculum)
 
 

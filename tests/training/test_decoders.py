@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from clipseg_repro.errors import InputError
-from clipseg_repro.models.forward import embed_images, embed_texts
 from clipseg_repro.models.loading import load_model
 from clipseg_repro.segmenter import load_segmenter
-from clipseg_repro.training.decoders import Batch, align_film, conditions, experiments, fresh_decoder, train
+from clipseg_repro.training import decoders
+from clipseg_repro.training.decoders import Batch, align_film, experiments, fresh_decoder, mixed, train
 
 
 class Killed(Exception):
@@ -46,8 +46,6 @@ def test_decoder_training_resumes_exactly_and_leaves_clip_alone(tiny_folder, dat
                 raise Killed
             return real(*args, **kwargs)
 
-        from clipseg_repro.training import decoders
-
         real = decoders.decode
         patch.setattr(decoders, "decode", dies)
         with pytest.raises(Killed):
@@ -76,15 +74,32 @@ def test_aligned_film_starts_at_clips_own_similarity(tiny_folder):
         assert torch.equal(decoder.film_add(texts), torch.zeros(90, 64))
 
 
-def test_conditions_are_mixed_by_the_text_weight(tiny_model):
-    """text * w + visual * (1 - w); a sample without support is its text alone."""
-    model, processor = tiny_model
-    supports = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
-    texts, weights = ["a cat", "a dog", "a tree"], torch.tensor([0.25, 1.0, 0.5])
-    batch = Batch(None, None, texts, supports, torch.tensor([0, 2]), weights, None)
-    text, visual = embed_texts(model, processor, texts), embed_images(model, supports)
-    expected = [0.25 * text[0] + 0.75 * visual[0], text[1], 0.5 * text[2] + 0.5 * visual[1]]
-    torch.testing.assert_close(conditions(model, processor, batch), torch.stack(expected))
+def test_conditions_are_mixed_by_the_text_weight():
+    """text * w + visual * (1 - w); a sample without support is its text alone; two samples may share a support."""
+    texts, visual = torch.randn(4, 5), torch.randn(2, 5)
+    weights = torch.tensor([0.25, 1.0, 0.5, 0.0])
+    batch = Batch({}, None, [], {}, torch.tensor([0, 1, 0]), torch.tensor([0, 2, 3]), weights, None)
+    expected = [0.25 * texts[0] + 0.75 * visual[0], texts[1], 0.5 * texts[2] + 0.5 * visual[1], visual[0]]
+    torch.testing.assert_close(mixed(texts, visual, batch), torch.stack(expected))
+
+
+def test_training_on_kept_outputs(tiny_folder, data, tmp_path, monkeypatch, one_thread):
+    """The same decoder whether a picture's outputs are computed or read, and each is computed once for all runs."""
+    budget = {"iterations": 6, "batch": 8, "phrases_per_image": 2, "validate_on": 2, "source": str(tiny_folder)}
+    budget |= {"crop_once": True, "keep": tmp_path / "kept"}
+    train("clipseg-pc+", data, tmp_path / "first", **budget)
+
+    def fails(*_):
+        raise AssertionError("computed again")
+
+    with monkeypatch.context() as patch:
+        for name in ("encode", "embed_images"):
+            patch.setattr(decoders, name, fails)
+        train("clipseg-pc+", data, tmp_path / "second", **budget)
+    assert torch.equal(decoder(tmp_path / "first" / "model"), decoder(tmp_path / "second" / "model"))
+    train("clipseg-pc+", data, tmp_path / "without", **budget | {"keep": None})
+    kept, computed = decoder(tmp_path / "first" / "model"), decoder(tmp_path / "without" / "model")
+    torch.testing.assert_close(kept, computed, atol=2e-3, rtol=0)  # kept in half precision
 
 
 def test_unknown_run_is_named(data, tmp_path):
