@@ -223,7 +223,7 @@ def train(
         source = source or chosen.source(experiments()[run]["model"])  # likewise
         chosen.prepare()
         budget = chosen.training | ({"iterations": steps} if steps else {})
-        keep = chosen.unfinished / "activations"
+        keep = data_root() / "activations"
         train_decoder(run, chosen.phrasecut, folder, source=source, seed=seed, keep=keep, **budget)
     typer.echo(f"The model is in {folder / 'model'}")
 

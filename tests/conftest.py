@@ -167,7 +167,7 @@ def short_curriculum(monkeypatch):
     """Pre-training in seconds: batches of four scenes, and a curve that looks at eight."""
     cycles = tuple(replace(cycle, batch=4) for cycle in curriculum.CYCLES)
     monkeypatch.setattr(pretrain, "CYCLES", cycles)
-    monkeypatch.setattr(pretrain, "FINE", replace(curriculum.FINE, batch=2))
+    monkeypatch.setattr(pretrain, "FINE", tuple(replace(cycle, batch=2) for cycle in curriculum.FINE))
     few = lambda rules, size, patch, scenes: curriculum.fresh_scenes(rules, size, patch, 8)  # noqa: E731
     monkeypatch.setattr(pretrain, "fresh_scenes", few)
     return cycles

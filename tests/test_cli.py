@@ -173,6 +173,7 @@ def test_train_passes_on_the_scale_and_the_budget(run, files, monkeypatch):
     assert run("train", "clipseg-pc", "--steps", 5, "--seed", 3).exit_code == 0
     folders = (files / "data/mini/PhraseCut/VGPhraseCut_v0", files / "results/training/clipseg-pc")
     asked = {"arguments": ("clipseg-pc", *folders), "source": "mini", "iterations": 5, "seed": 3}
+    asked["keep"] = files / "data/activations"
     assert given == SCALES["mini"].training | asked
 
 

@@ -99,9 +99,17 @@ CYCLES = (
     _gentle(76_800, scene_rules(112, 4, (0.22, 0.65), 25)),
     *2 * (_gentle(144_000, scene_rules(112, 4, (0.2, 0.6), 25)),),
 )
-# At the paper's geometry, where small things are more than a patch, with what is hardest: relations. An hour or so.
-_ALL = SceneRules(scale=(0.16, 0.6))
-FINE = Cycle((Stage(19_200, RELEASED_SIZE, _ALL, _ALL, details=(0.8, 0.8, 0.2)),), 32, peak=0.3, warm_up=50, decay=1.0)
+
+
+def _fine(images: int, scale: tuple[float, float]) -> Cycle:
+    """A gentle cycle at the paper's geometry, where small things are more than a patch, with what is hardest."""
+    rules = SceneRules(scale=scale)
+    stage = Stage(images, RELEASED_SIZE, rules, rules, details=(0.8, 0.8, 0.2))
+    return Cycle((stage,), batch=32, peak=0.3, warm_up=50, decay=1.0)
+
+
+# An hour or so each, the second with smaller things.
+FINE = (_fine(19_200, (0.16, 0.6)), _fine(19_200, (0.13, 0.5)))
 
 
 class CaptionedScenes(Dataset):

@@ -2,9 +2,9 @@
 
 The objective is CLIP's contrastive one, with two similarities per image and phrase: the image embedding's (CLIP) and
 the best-matching patch embeddings' (FILIP, Yao et al. 2022: late interaction), so that a small model trained for hours
-carries what and where in its patch tokens as the big one does after 400 million pairs. Scenes grow from one large
-upright object to the crowded scenes of the mini benchmarks (a curriculum; without it the vision tower hardly starts to
-learn).
+carries what and where in its patch tokens as the big one does after 400 million pairs. A third loss, on words alone,
+draws every phrase to the names of what it asks for. Scenes grow from one large upright object to the crowded scenes of
+the mini benchmarks (a curriculum; without it the vision tower hardly starts to learn).
 """
 
 import math
@@ -120,9 +120,14 @@ def embed_texts(model, tokenizer, texts: list[str]) -> torch.Tensor:
     return F.normalize(backbone(model).embed_texts(**tokens).float(), dim=-1)
 
 
+def logit_scale(model) -> torch.Tensor:
+    """CLIP's learned factor of cosines, at most 100."""
+    return model.base_model.logit_scale.clamp(max=4.6).exp()
+
+
 def similarities(model, tokens: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scaled similarities (B, P) of images and texts: by image embedding, and by the soft maximum over patches."""
-    scale = model.base_model.logit_scale.clamp(max=4.6).exp()
+    scale = logit_scale(model)
     cosines = tokens[:, 1:] @ texts.T
     pooled = (torch.logsumexp(cosines * POOLING, 1) - np.log(cosines.shape[1])) / POOLING
     return scale * tokens[:, 0] @ texts.T, scale * pooled
@@ -151,7 +156,7 @@ def pretrain(
 
     First from nothing, at 112 px, in `folder/small`; then, `enlarged`, at the paper's geometry. With `source`, a model
     that the first part made, only the second. `budget` scales the number of images of every stage (1.0: less than four
-    hours on two cores with bfloat16 units, and one more on any two). Curves are in `curve.csv` of both folders; every
+    hours on two cores with bfloat16 units, and two more on any two). Curves are in `curve.csv` of both folders; every
     cycle has a folder of its own there, with its checkpoint. Resumes exactly. `build(tokenizer)` gives the untrained
     model, one of variants.MODELS with a CLIP in it.
     """
@@ -171,17 +176,19 @@ def pretrain(
     torch.manual_seed(seed)
     model = enlarged(model)
     processor.image_processor.size = {"height": RELEASED_SIZE, "width": RELEASED_SIZE}
-    _train(f"{name}, {RELEASED_SIZE} px", folder, model, processor, (FINE,), seed, budget, device)
+    _train(f"{name}, {RELEASED_SIZE} px", folder, model, processor, FINE, seed, budget, device, mean=True)
     return model
 
 
-def _train(name, folder: Path, model, processor, cycles, seed: int, budget: float, device: str):
+def _train(name, folder: Path, model, processor, cycles, seed: int, budget: float, device: str, mean: bool = False):
     model.to(device).train()
     names = list(name_phrases())
     untouched = deepcopy(processor)  # tokenizing leaves its truncation in the other
 
     def losses(batch) -> dict[str, torch.Tensor]:
         images, objects, owners, phrases, sources, said, texts = batch
+        # "cat left of the dog" and "dog right of the cat" are true of the same images: only words tell what is meant.
+        named = torch.tensor([[name.kinds <= phrase.kinds for name in names] for phrase in phrases], device=device)
         # Every name is a candidate for every image: negatives for all, and the text tower meets each name in each step.
         phrases, sources, said = phrases + names, sources + [-1] * len(names), said + [False] * len(names)
         true, unknown = truth(objects, owners, phrases, sources, said, len(images))
@@ -191,7 +198,12 @@ def _train(name, folder: Path, model, processor, cycles, seed: int, budget: floa
             # Apart, because together the short names would be padded to the longest caption.
             words = [embed_texts(model, processor.tokenizer, t) for t in (texts, [p.text for p in names])]
         whole, local = similarities(model, tokens, torch.cat(words))
-        return {"image": contrast(whole, true, unknown), "patch": contrast(local, true, unknown)}
+        heads = logit_scale(model) * words[0] @ words[1].T
+        return {
+            "image": contrast(whole, true, unknown),
+            "patch": contrast(local, true, unknown),
+            "head": contrast(heads, named, torch.zeros_like(named)),
+        }
 
     run_cycles(
         name,
@@ -204,6 +216,7 @@ def _train(name, folder: Path, model, processor, cycles, seed: int, budget: floa
         losses,
         lambda: probe(model, processor),
         attention=model.base_model,
+        mean=mean,
     )
     if model.config.model_type == "clipseg":  # batch norm keeps a ResNet's activations in range
         rescale(model, probe_scenes(model, 64)[0].to(device))
@@ -247,14 +260,26 @@ def _resized(weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def run_cycles(
-    name, folder: Path, cycles, seed: int, budget: float, model: nn.Module, optimise, losses, probe, attention
+    name,
+    folder: Path,
+    cycles,
+    seed: int,
+    budget: float,
+    model: nn.Module,
+    optimise,
+    losses,
+    probe,
+    attention,
+    mean: bool = False,
 ):
     """Train `model` in `cycles`, `budget` times as long; the curve is in `folder/curve.csv`. Resumes exactly.
 
     optimise() gives the optimisers by name, fresh ones for every cycle; losses(batch) the losses by name, whose sum is
-    minimised; probe() what the curve shows besides. `attention`: the module whose attention is trained.
+    minimised; probe() what the curve shows besides. `attention`: the module whose attention is trained. `mean`: end
+    with the mean of the weights after each cycle (Izmailov et al. 2018), which the curve's last row shows; a text tower
+    keeps the last ones.
     """
-    curves = []
+    curves, ends = [], []
     with fast_attention(attention):
         for number, cycle in enumerate(cycles, start=1):
             own = seed + number - 1  # every cycle has scenes of its own
@@ -263,6 +288,12 @@ def run_cycles(
             for column in ("step", "seconds"):  # on from the cycle before
                 curve[column] += curves[-1][column].iloc[-1] if curves else 0
             curves.append(curve)
+            ends.append(deepcopy(model.state_dict()))
+    if mean:
+        seen = [key for key, value in ends[-1].items() if "text_" not in key and value.is_floating_point()]
+        model.load_state_dict(ends[-1] | {key: torch.stack([end[key] for end in ends]).mean(0) for key in seen})
+        for column, value in probe().items():
+            curves[-1].loc[curves[-1].index[-1], column] = value
     with written_whole(folder / "curve.csv") as temporary:
         pd.concat(curves).round(5).to_csv(temporary, index=False)
 

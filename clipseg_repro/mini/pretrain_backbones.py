@@ -58,14 +58,14 @@ def pretrain_vit(folder: Path, seed: int = 0, budget: float = SHARE) -> ViTSeg:
     head = nn.Linear(vision["hidden_size"], len(load_vocabulary()))
     _train_labels("mini ViT", folder / "small", model, head, CYCLES, seed, budget)
     model = enlarged(model)
-    _train_labels(f"mini ViT, {RELEASED_SIZE} px", folder, model, head, (FINE,), seed, budget)
+    _train_labels(f"mini ViT, {RELEASED_SIZE} px", folder, model, head, FINE, seed, budget, mean=True)
     rescale(model.eval(), probe_scenes(model, 64)[0])
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     return model
 
 
-def _train_labels(name, folder: Path, model: ViTSeg, head: nn.Linear, cycles, seed: int, budget: float):
+def _train_labels(name, folder: Path, model: ViTSeg, head: nn.Linear, cycles, seed: int, budget: float, mean=False):
     vit = model.backbone.vit
     trained = nn.ModuleDict({"vit": vit, "head": head})
 
@@ -89,7 +89,8 @@ def _train_labels(name, folder: Path, model: ViTSeg, head: nn.Linear, cycles, se
         shown = (labels >= 0).any(1)
         return {"top1": round((labels == guess[:, None]).any(1)[shown].float().mean().item(), 4)}
 
-    run_cycles(name, folder, cycles, seed, budget, trained, lambda: optimisers(trained), losses, probe, attention=vit)
+    optimise = partial(optimisers, trained)
+    run_cycles(name, folder, cycles, seed, budget, trained, optimise, losses, probe, attention=vit, mean=mean)
 
 
 def _settings(config):

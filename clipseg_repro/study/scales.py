@@ -75,7 +75,7 @@ SCALES = {
         model="mini",
         phrasecut=Path("mini/PhraseCut/VGPhraseCut_v0"),
         results=Path("."),
-        live={"iterations": 80, "batch": 16, "visual": False},
+        live={"iterations": 250, "batch": 4, "visual": False},
         training={
             "iterations": 900,
             "batch": 48,

@@ -40,19 +40,24 @@ def test_pretraining_runs_and_saves_a_loadable_folder(tmp_path, short_curriculum
     mini.pretrain(tmp_path / "again", budget=1e-6, source=tmp_path / "small" / "model")
     for folder, size, patch, cycles in (
         (tmp_path / "small", 112, 8, short_curriculum),
-        (tmp_path, 352, 16, (mini.FINE,)),
-        (tmp_path / "again", 352, 16, (mini.FINE,)),
+        (tmp_path, 352, 16, mini.FINE),
+        (tmp_path / "again", 352, 16, mini.FINE),
     ):
         segmenter = load_segmenter(str(folder / "model"))
         vision = segmenter.model.config.vision_config
         assert (vision.image_size, vision.patch_size) == (size, patch)
         assert segmenter.processor.image_processor.size["height"] == size
         curve = pd.read_csv(folder / "curve.csv")
-        assert list(curve) == ["step", "image", "patch", "top1", "patch_top1", "seconds"]
+        assert list(curve) == ["step", "image", "patch", "head", "top1", "patch_top1", "seconds"]
         assert curve.step.tolist() == np.cumsum([len(cycle.stages) for cycle in cycles]).tolist()  # one row a cycle
         assert curve.seconds.is_monotonic_increasing
     once, again = (load_model(f / "model")[0].clip.state_dict() for f in (tmp_path, tmp_path / "again"))
     assert all(torch.equal(once[name], again[name]) for name in once)
+    ends = [torch.load(tmp_path / f"cycle-{n}" / "checkpoint.pt", weights_only=True)["state"]["model"] for n in (1, 2)]
+    seen, said = (f"clip.{tower}_model.encoder.layers.0.self_attn.q_proj.weight" for tower in ("vision", "text"))
+    torch.testing.assert_close(once[seen.removeprefix("clip.")], (ends[0][seen] + ends[1][seen]) / 2)
+    assert torch.equal(once[said.removeprefix("clip.")], ends[1][said])
+    assert not torch.equal(ends[0][said], ends[1][said])
 
 
 @pytest.mark.parametrize("kind", ["clipseg", "vitseg", "clipseg-resnet"])

@@ -99,7 +99,7 @@ def test_training_on_kept_outputs(tiny_folder, data, tmp_path, monkeypatch, one_
     assert torch.equal(decoder(tmp_path / "first" / "model"), decoder(tmp_path / "second" / "model"))
     train("clipseg-pc+", data, tmp_path / "without", **budget | {"keep": None})
     kept, computed = decoder(tmp_path / "first" / "model"), decoder(tmp_path / "without" / "model")
-    torch.testing.assert_close(kept, computed, atol=2e-3, rtol=0)  # kept in half precision
+    assert (kept - computed).abs().mean() < 2e-5  # kept in half precision; a step moves a weight by 1e-3
 
 
 def test_unknown_run_is_named(data, tmp_path):
