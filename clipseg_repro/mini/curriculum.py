@@ -80,9 +80,8 @@ def _gentle(images: int, rules: SceneRules) -> Cycle:
 
 NAMES = (0.0, 0.0, 0.0)  # no details
 
-# First from nothing to scenes, names before details: captions with details before
-# the towers agree on names slow everything down. Then at full size, gently: a second start at the full rate forgets the
-# first.
+# First from nothing to scenes, names before details: captions with details before the towers agree on names slow
+# everything down. Then at full size, gently: a second start at the full rate forgets the first.
 CYCLES = (
     Cycle(
         (
