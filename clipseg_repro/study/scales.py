@@ -77,8 +77,8 @@ SCALES = {
         results=Path("."),
         live={"iterations": 250, "batch": 4, "visual": False},
         training={
-            "iterations": 900,
-            "batch": 48,
+            "iterations": 7200,
+            "batch": 12,
             "final_learning_rate": 0.0,
             "phrases_per_image": 4,
             "crop_once": True,
