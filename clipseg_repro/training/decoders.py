@@ -271,7 +271,7 @@ def align_film(model, activations: torch.Tensor, texts: torch.Tensor):
 def validate(model, processor, dataset: PhraseCut, images: int) -> dict[str, float]:
     """mIoU, IoU_FG at the best threshold and AP of text prompts on the first `images` of a split.
 
-    In the exact convention: the released one's AP, Simpson's rule over uneven points, falls while maps get sharper.
+    In the exact convention: the released AP leaves out all recall below that at t = 0.98, and falls as maps get surer.
     """
     model.eval()
     segmenter = Segmenter(model, processor, model.device, model.dtype)
