@@ -1,4 +1,4 @@
-# make reproduce | test | lab | notebooks | setup. Needs Python >= 3.11 and make; everything goes into .venv and results/.
+# make reproduce | test | rehearsal | lab | notebooks | setup. Needs Python >= 3.11 and make; everything goes into .venv and results/.
 PYTHON ?= python3
 BIN := .venv/bin
 TEST_RESULTS := .cache/test-results
@@ -8,7 +8,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # Jupyter's tools look here for kernels first: another environment's may have the same name.
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 
-.PHONY: setup reproduce test lab notebooks
+.PHONY: setup reproduce test rehearsal lab notebooks
 
 setup: .venv/installed
 
@@ -21,6 +21,10 @@ test: setup
 	$(BIN)/clipseg-repro data build
 	rm -rf $(TEST_RESULTS) && mkdir -p results $(dir $(TEST_RESULTS)) && cp -R results $(TEST_RESULTS)
 	CLIPSEG_REPRO_RESULTS="$(CURDIR)/$(TEST_RESULTS)" $(BIN)/python -m pytest --nbval
+
+# The paper scale from end to end, against stand-ins (see the file).
+rehearsal: setup
+	$(BIN)/python tests/rehearsal.py
 
 lab: setup
 	$(BIN)/clipseg-repro data build

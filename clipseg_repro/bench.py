@@ -39,7 +39,7 @@ def bench(scale: Scale, repeats: int = 5) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     `repeats`: timed runs of each contestant, after one that is not timed. On CUDA where there is one, else on the CPU.
     """
-    scale.prepare()
+    scale.prepare("phrasecut")
     default = load_segmenter("mini").model  # on the device, and in the dtype, that a user gets unasked
     model, processor = full_size()
     model.to(default.device)

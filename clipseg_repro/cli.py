@@ -1,6 +1,7 @@
 """The command line: `clipseg-repro segment | data | train | evaluate | verify | bench | reproduce`."""
 
 import json
+import re
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -43,15 +44,6 @@ ScaleOption = Annotated[
     ScaleName,
     typer.Option("--scale", help="mini: generated data, offline, minutes. paper: the real data sets, a GPU."),
 ]
-
-
-class DataSet(StrEnum):
-    phrasecut = "phrasecut"
-
-
-class Prompts(StrEnum):
-    text = "text"
-    visual = "visual"
 
 
 def _print_version(wanted: bool):
@@ -152,29 +144,70 @@ def segment(
 
 @data.command("build")
 def data_build(scale: ScaleOption = ScaleName.mini):
-    """Generate the mini data sets, or repair them; at paper scale, see that the real ones are there. Goes on where it
-    was stopped."""
+    """Generate the mini data sets, or repair them; at paper scale, see that PhraseCut is there. Goes on where it was
+    stopped."""
     chosen = get_scale(scale)
-    chosen.prepare()
-    typer.echo(f"The data are in {chosen.phrasecut}")
+    chosen.prepare("phrasecut")
+    typer.echo(f"The data are in {chosen.data}")
+
+
+@data.command("list")
+def data_list(scale: ScaleOption = ScaleName.mini):
+    """Show the data sets: which are there, and what they are good for."""
+    from clipseg_repro.datasets.catalogue import CATALOGUE
+    from clipseg_repro.evaluation.benchmarks import BENCHMARKS
+
+    folder = get_scale(scale).data
+    for name, source in CATALOGUE.items():
+        used = ", ".join(key for key, benchmark in BENCHMARKS.items() if benchmark.data == name)
+        missing = source.missing(folder)
+        state = f"missing: {', '.join(missing)}" if missing else "there"
+        typer.echo(
+            f"{name}: {source.title}, for {used}\n    {folder / source.folder}: {state}\n    terms: {source.terms}"
+        )
+
+
+@data.command("fetch")
+def data_fetch(
+    name: Annotated[str, typer.Argument(help="A data set of `data list`.")], scale: ScaleOption = ScaleName.paper
+):
+    """Download a data set from its publisher, or say what to fetch by hand. Goes on where it was stopped."""
+    folder, source = get_scale(scale).data, _data_set(name)
+    if get_scale(scale).build:
+        raise InputError("the mini data are generated: clipseg-repro data build; to fetch the real ones, --scale paper")
+    typer.echo(f"{source.title}: {source.terms}. Read the publisher's terms before you use it.")
+    source.fetch(folder)
+    typer.echo(f"It is in {folder / source.folder}; clipseg-repro data check {name} --scale {scale} reads all of it")
 
 
 @data.command("check")
 def data_check(
-    dataset: Annotated[DataSet, typer.Argument(help="The data set to check.")],
+    name: Annotated[str, typer.Argument(help="A data set of `data list`, or a CSV of your own (image,mask,phrase).")],
     scale: ScaleOption = ScaleName.mini,
 ):
     """Check a data set whole: its files, counts, annotations and every picture. Exit code 1 if anything is wrong."""
-    from clipseg_repro.datasets import phrasecut_files
+    from clipseg_repro.datasets.own import Own
 
-    folder = get_scale(scale).phrasecut
-    counts, problems = phrasecut_files.check(folder)
-    for split, (phrases, images) in counts.items():
-        typer.echo(f"{split}: {phrases} phrases on {images} images")
+    if name.endswith(".csv"):
+        folder, own = Path(name), Own(name)
+        lines, problems = [f"{len(own)} pictures, {len(own.classes)} phrases"], own.check()
+    else:
+        source = _data_set(name)
+        folder = get_scale(scale).data / source.folder
+        lines, problems = source.check(get_scale(scale).data)
+    typer.echo("\n".join(lines))
     if problems:
         typer.echo("\n".join([f"{len(problems)} problems in {folder}:", *problems.lines()]))
         raise typer.Exit(1)
     typer.echo(f"Nothing is wrong in {folder}")
+
+
+def _data_set(name: str):
+    from clipseg_repro.datasets.catalogue import CATALOGUE
+
+    if name not in CATALOGUE:
+        raise InputError(f"unknown data set '{name}': choose one of {', '.join(CATALOGUE)}")
+    return CATALOGUE[name]
 
 
 @data.command("weights")
@@ -201,8 +234,13 @@ def train(
     source: Annotated[str | None, typer.Option(help="Whose backbone the decoder reads; the scale's if none.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimisation steps, instead of the run's own.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Another seed gives another model.")] = 0,
+    own: Annotated[
+        Path | None,
+        typer.Option("--data", help="A CSV of your own (image,mask,phrase[,split]) to train on; for fine-tune."),
+    ] = None,
 ):
     """Train a model, saved in results/training/RUN with its curve and checkpoint; goes on where it was stopped."""
+    from clipseg_repro.datasets.catalogue import CATALOGUE
     from clipseg_repro.mini.pretrain_backbones import PRETRAINING
     from clipseg_repro.training import experiments
     from clipseg_repro.training import train as train_decoder
@@ -220,11 +258,16 @@ def train(
         if run not in experiments():  # before the data are built
             known = [*PRETRAINING, *experiments()]
             raise InputError(f"unknown run '{run}': choose one of {', '.join(known)}")
-        source = source or chosen.source(experiments()[run]["model"])  # likewise
-        chosen.prepare()
-        budget = chosen.training | ({"iterations": steps} if steps else {})
+        settings = experiments()[run]
+        source = source or chosen.source(settings["model"])  # likewise
+        if (settings["start"] == "source") != (own is not None):
+            raise InputError("fine-tune and --data FILE.csv belong together: name the run fine-tune, and your table")
+        if not own:
+            chosen.prepare(settings["dataset"])
+        budget = ({} if own else chosen.training) | ({"iterations": steps} if steps else {})
+        root = own or chosen.data / CATALOGUE[settings["dataset"]].folder
         keep = data_root() / "activations"
-        train_decoder(run, chosen.phrasecut, folder, source=source, seed=seed, keep=keep, **budget)
+        train_decoder(run, root, folder, source=source, seed=seed, keep=keep, words=chosen.words(), **budget)
     typer.echo(f"The model is in {folder / 'model'}")
 
 
@@ -233,21 +276,45 @@ def evaluate(
     source: Annotated[
         str | None, typer.Argument(help="mini, a Hub id, a folder or a .pth file; the scale's if none.")
     ] = None,
+    benchmark: Annotated[
+        list[str] | None,
+        typer.Option(help="phrasecut (if none), another one, or a CSV of your own; may be repeated."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every benchmark whose data are there.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many pictures, or episodes of a fold, at most.")] = None,
     scale: ScaleOption = ScaleName.mini,
-    split: Annotated[str, typer.Option(help="train, val, test or miniv.")] = "test",
-    prompts: Annotated[Prompts, typer.Option(help="Ask by the phrase, or by an example of the same phrase.")] = "text",
 ):
-    """Measure a model on PhraseCut, as in the paper's Table 3. Goes on where it was stopped."""
-    from clipseg_repro import load_segmenter
-    from clipseg_repro.datasets.phrasecut import PhraseCut
-    from clipseg_repro.evaluation import phrasecut
+    """Measure a model on benchmarks; writes the table evaluation-MODEL to results/. Goes on where it was stopped.
 
-    chosen = get_scale(scale)
-    chosen.prepare()
+    `accelerate launch -m clipseg_repro.cli evaluate ...` shares the work among processes.
+    """
+    import pandas as pd
+    from accelerate import PartialState
+
+    from clipseg_repro import load_segmenter
+    from clipseg_repro.datasets.catalogue import CATALOGUE
+    from clipseg_repro.evaluation import benchmarks
+    from clipseg_repro.study.results import save_table
+
+    chosen, state = get_scale(scale), PartialState()
+    names = list(benchmark or ([] if every else ["phrasecut"]))
+    known = benchmarks.BENCHMARKS
+    if unknown := [name for name in names if name not in known and not name.endswith(".csv")]:
+        raise InputError(f"unknown benchmark '{unknown[0]}': choose from {', '.join(known)}, or give a .csv file")
+    if not all(name.endswith(".csv") for name in names) or every:
+        with state.main_process_first():
+            chosen.prepare()
+    if every:
+        names += [name for name, each in known.items() if not CATALOGUE[each.data].missing(chosen.data)]
     segmenter = load_segmenter(source or chosen.model, dtype="float32")
-    dataset = PhraseCut(chosen.phrasecut, split)
-    result = phrasecut(segmenter, dataset, prompts=prompts, keep=chosen.unfinished)
-    typer.echo(result.table().round(3).to_string(index=False))
+    budget = benchmarks.Budget(limit, chosen.episodes, chosen.seed, chosen.unfinished)
+    sheet = pd.concat([benchmarks.evaluate(segmenter, name, chosen.data, budget) for name in names])
+    if state.is_main_process:
+        typer.echo(sheet.round(1).to_string(index=False))
+        model = source or chosen.model
+        caption = f"{model} on benchmarks, percent, 95% intervals; seconds include reading the data"
+        name = re.sub("[^a-z0-9]+", "-", Path(model).name.lower()).strip("-")
+        save_table(sheet.round(1), f"evaluation-{name}", caption, chosen, model=model)
 
 
 @app.command()
@@ -285,13 +352,14 @@ def reproduce(
     only: Annotated[list[str] | None, typer.Option(help="Only this notebook, as 03; may be repeated.")] = None,
     scale: ScaleOption = ScaleName.mini,
     resume: Annotated[bool, typer.Option("--resume/--restart", help="Skip what is done, or run all again.")] = True,
+    limit: Annotated[int | None, typer.Option(min=1, help="A quick pass: so many images of what takes long.")] = None,
 ):
     """Run the notebooks in order; they write the tables and figures of the study to results/."""
     from clipseg_repro.study.runner import NotebookFailed
     from clipseg_repro.study.runner import reproduce as run_study
 
     try:
-        copies = run_study(only or (), scale, resume)
+        copies = run_study(only or (), scale, resume, limit)
     except NotebookFailed as error:
         typer.secho(f"Failed: {error}", fg="red", err=True)
         raise typer.Exit(1) from None

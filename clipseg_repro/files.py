@@ -51,9 +51,13 @@ def alone(path: Path, doing: str):
         lock.release()
 
 
-def sha256(path: Path) -> str:
+def checksum(path: Path, algorithm: str) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    return checksum(path, "sha256")
 
 
 def record_files(folder: Path):

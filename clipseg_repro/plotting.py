@@ -41,8 +41,8 @@ _STYLE = {
 }
 
 
-def overlay(image, probability, colour=OKABE_ITO["vermillion"], strength=0.65):
-    """The image tinted where the map is high, with a white outline at 0.5: (H, W, 3) uint8.
+def overlay(image, probability, colour=OKABE_ITO["vermillion"], strength=0.65, outline=None):
+    """The image tinted where the map is high, with a white outline at 0.5, or of the mask `outline`: (H, W, 3) uint8.
 
     `image` is whatever `load_image` takes; `probability` (H, W) is a mask (bool) or a map in [0, 1], as of
     `Segmenter.predict`; `colour` any of matplotlib's; `strength` in [0, 1] the tint's share where the map is 1. Call
@@ -58,7 +58,8 @@ def overlay(image, probability, colour=OKABE_ITO["vermillion"], strength=0.65):
 
     list(in_strips(tint, out, image, weight))
     # without the outline, a tint of the image's own colours would not be seen
-    outlines, _ = cv2.findContours((weight > 0.5).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    outlined = _image_and_map(image, weight > 0.5 if outline is None else outline)[1].astype(np.uint8)
+    outlines, _ = cv2.findContours(outlined, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     return cv2.drawContours(out, outlines, -1, (255, 255, 255), max(1, round(min(out.shape[:2]) / 200)))
 
 

@@ -59,7 +59,8 @@ mini
 training
 segmenter
 models
-datasets evaluation plotting
+evaluation
+datasets plotting
 prompts
 downloads pictures
 strips devices

@@ -143,3 +143,21 @@ def check_pictures(sizes: Mapping[Path, tuple[int, int]], problems: Problems, de
                 problems.add(wrong, f"{path.name}{f' ({detail})' * bool(detail)}")
     finally:
         pool.shutdown(cancel_futures=True)  # on Ctrl-C too
+
+
+def read_names(path: Path, title: str) -> list[str]:
+    """The names in a list, one per line (of a line with several words, the first). Raises InputError for a list that is
+    missing, empty or names something twice."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        there = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "none"
+        raise InputError(f"{title} has no list '{path}' (splits that are there: {there})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the list '{path}' of {title} cannot be read ({error}): fetch it anew") from None
+    names = [line.split()[0] for line in lines if line.strip()]
+    twice = [name for name, n in Counter(names).items() if n > 1]
+    if twice or not names:
+        wrong = f"names {', '.join(twice[:NAMED])} twice" if twice else "is empty"
+        raise InputError(f"the list '{path}' of {title} {wrong}: fetch it anew")
+    return names

@@ -7,6 +7,8 @@ The table of images may also be called image_data_split.json, as the official sc
 The official data and the mini world's are read by the same code. Annotations are checked as they are read.
 """
 
+import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from clipseg_repro.datasets.checks import Problems, check_pictures, read_picture
 from clipseg_repro.datasets.phrasecut_files import REMEDY, SPLITS
 from clipseg_repro.datasets.sample import Sample
 from clipseg_repro.errors import InputError
+from clipseg_repro.files import fingerprint
 from clipseg_repro.prompts import TRAIN_TEMPLATES, VisualPrompt
 
 # Words that would show the decoder the prompts of Table 8 (released loader).
@@ -61,16 +64,92 @@ class View:
     window: tuple[slice, slice]
 
 
-class PhraseCut:
+class Samples(ABC):
+    """Pictures of which phrases mean a part: what training and the protocols of phrases ask of data.
+
+    phrases: the phrase of every sample. structures: its `phrase_structure`. by_phrase: phrase -> indices of its
+    samples. by_image: image id -> indices of its samples. supported: indices of the samples whose phrase is not unique,
+    the ones the paper tests image prompts on.
+    """
+
+    def __init__(self, phrases: list[str], structures: list[dict], image_ids: list[int], title: str):
+        if not phrases:
+            raise InputError(f"no phrase is left in {title}: use more data, or leave out fewer phrases")
+        self.phrases, self.structures, self._image_ids = phrases, structures, image_ids
+        self.by_phrase: dict[str, list[int]] = {}
+        self.by_image: dict[int, list[int]] = {}
+        for i, (phrase, image_id) in enumerate(zip(phrases, image_ids, strict=True)):
+            self.by_phrase.setdefault(phrase, []).append(i)
+            self.by_image.setdefault(image_id, []).append(i)
+        self.supported = [i for i, phrase in enumerate(phrases) if len(self.by_phrase[phrase]) > 1]
+
+    def __len__(self) -> int:
+        return len(self.phrases)
+
+    @abstractmethod
+    def __getitem__(self, i: int) -> Sample:
+        """Sample i: the whole image and all that the phrase means."""
+
+    @abstractmethod
+    def picture(self, view: View) -> np.ndarray:
+        """What `view` shows, (H, W, 3) uint8."""
+
+    @abstractmethod
+    def mask(self, view: View) -> np.ndarray:
+        """The objects of the view's sample in its window, (H, W) uint8 of 0 and 1."""
+
+    @abstractmethod
+    def fingerprint(self) -> str | None:
+        """Of the annotations: the same for the same data."""
+
+    @abstractmethod
+    def check_pictures(self):
+        """One InputError for all pictures that are missing, no pictures or of another size."""
+
+    def image_id(self, i: int) -> int:
+        """Of the image that sample i is about."""
+        return self._image_ids[i]
+
+    def visual_support(self, i: int, rng: np.random.Generator) -> Sample | None:
+        """Another sample of the same phrase, drawn uniformly; None if the phrase is unique."""
+        others = [j for j in self.by_phrase[self.phrases[i]] if j != i]
+        return self[others[rng.integers(len(others))]] if others else None
+
+    def may_show(self, image_id: int, name: str) -> bool:
+        """Whether something in an image goes by `name`, or by a longer name that ends in it ("car": "race car"), as far
+        as the phrases about the image say."""
+        return any(n == name or n.endswith(f" {name}") for n in self._names(image_id))
+
+    def _names(self, image_id: int) -> list[str]:
+        said = [self.structures[j] for j in self.by_image[image_id]]
+        return [s["name"] for s in said] + [other for s in said for _, other in s["relation_descriptions"]]
+
+    def things(self, image_id: int) -> dict[str, np.ndarray]:
+        """What an image shows, by name, in order of name: {name: (H, W) bool mask}.
+
+        A name's mask is the union of its phrases' masks. Two names with the same pixels are two words for one thing
+        (half of the smaller mask lies in the larger), which CLIP cannot be asked to tell apart: the first stands for
+        both.
+        """
+        masks = {}
+        for i in self.by_image[image_id]:
+            name = self.structures[i]["name"]
+            masks[name] = masks.get(name, False) | (self[i].mask == 1)
+        things = {}
+        for name in sorted(name for name, mask in masks.items() if mask.any()):
+            mask = masks[name]
+            same = (n for n, m in things.items() if (m & mask).sum() > min(m.sum(), mask.sum()) / 2)
+            first = next(same, name)
+            things[first] = things.get(first, False) | mask
+        return things
+
+
+class PhraseCut(Samples):
     """One split of PhraseCut: item i is the `Sample` of one phrase, the whole image with the union of its polygons.
 
     root: the folder that holds `VGPhraseCut_v0`, or that folder. remove: phrases for which it returns True are left out
     (`mentions_property` for Table 8). Samples are in order of image id, then as in the file. Raises one InputError
     that names everything wrong with the annotations, and one for an unknown split.
-
-    phrases: the phrase of every sample. structures: its `phrase_structure`. by_phrase: phrase -> indices of its
-    samples. by_image: image id -> indices of its samples. supported: indices of the samples whose phrase is not unique,
-    the ones the paper tests image prompts on.
     """
 
     def __init__(self, root: str | Path, split: str, remove: Callable[[str], bool] | None = None):
@@ -80,27 +159,18 @@ class PhraseCut:
         self.folder, problems = phrasecut_files.find(root), Problems()
         images = phrasecut_files.read_images(self.folder, problems)
         tasks = phrasecut_files.read_tasks(self.folder, split, problems)
+        self._reduced = remove is not None
         if remove:
             tasks = [task for task in tasks if not remove(task["phrase"])]
         self._tasks = tasks = phrasecut_files.used_tasks(tasks, split, images, problems)
         self._sizes = {t["image_id"]: phrasecut_files.image_size(images[t["image_id"]]) for t in tasks}
         names = phrasecut_files.read_names(self.folder, self._sizes, problems)
         problems.stop(f"PhraseCut in '{self.folder}'", REMEDY)
-        if not tasks:
-            raise InputError(f"no phrase of split '{split}' is left in '{self.folder}': {REMEDY}")
-        self.phrases = [task["phrase"] for task in tasks]
-        self.structures = [task["phrase_structure"] for task in tasks]
-        self.by_phrase: dict[str, list[int]] = {}
-        self.by_image: dict[int, list[int]] = {}
-        for i, task in enumerate(tasks):
-            self.by_phrase.setdefault(task["phrase"], []).append(i)
-            self.by_image.setdefault(task["image_id"], []).append(i)
-        self._names = self._names_said() if names is None else names
-        self.supported = [i for i, phrase in enumerate(self.phrases) if len(self.by_phrase[phrase]) > 1]
+        phrases, structures = ([task[key] for task in tasks] for key in ("phrase", "phrase_structure"))
+        title = f"split '{split}' of '{self.folder}'"
+        super().__init__(phrases, structures, [task["image_id"] for task in tasks], title)
+        self._known_names = names
         self._last = None, None  # image id and image: the phrases about an image are asked for together
-
-    def __len__(self) -> int:
-        return len(self._tasks)
 
     def __getitem__(self, i: int) -> Sample:
         task = self._tasks[i]
@@ -108,43 +178,24 @@ class PhraseCut:
         info = {key: task[key] for key in ("task_id", "ann_ids", "phrase_structure")}
         return Sample(self._image(image_id), self._mask(i), self.phrases[i], image_id, info=info)
 
-    def image_id(self, i: int) -> int:
-        """Of the image that sample i is about."""
-        return self._tasks[i]["image_id"]
-
     def picture(self, view: View) -> np.ndarray:
-        """What `view` shows, (H, W, 3) uint8."""
         return self._image(self.image_id(view.sample))[view.window]
 
     def mask(self, view: View) -> np.ndarray:
-        """The objects of the view's sample in its window, (H, W) uint8 of 0 and 1."""
         return self._mask(view.sample)[view.window]
 
+    def fingerprint(self) -> str | None:
+        whole = fingerprint(self.folder)
+        left = "".join(task["task_id"] for task in self._tasks)
+        return hashlib.sha256(f"{whole} {left}".encode()).hexdigest() if self._reduced else whole
+
     def check_pictures(self):
-        """Read all pictures' headers. One InputError for all that are missing, no pictures or of another size."""
         problems, images = Problems(), self.folder / "images"
         check_pictures({images / f"{i}.jpg": size for i, size in self._sizes.items()}, problems, decode=False)
         problems.stop(f"PhraseCut in '{self.folder}'", REMEDY)
 
-    def visual_support(self, i: int, rng: np.random.Generator) -> Sample | None:
-        """Another sample of the same phrase, drawn uniformly; None if the phrase is unique."""
-        others = [j for j in self.by_phrase[self.phrases[i]] if j != i]
-        return self[others[rng.integers(len(others))]] if others else None
-
-    def may_show(self, image_id: int, name: str) -> bool:
-        """Whether something in an image goes by `name`, or by a longer name that ends in it ("car": "race car").
-
-        Known from `names.json` where the data have one (the mini world), else from the phrases about the image.
-        """
-        return any(n == name or n.endswith(f" {name}") for n in self._names[image_id])
-
-    def _names_said(self) -> dict[int, list[str]]:
-        names: dict[int, list[str]] = {}
-        for i, indices in self.by_image.items():
-            said = [self.structures[j] for j in indices]
-            landmarks = [other for s in said for _, other in s["relation_descriptions"]]
-            names[i] = [s["name"] for s in said] + landmarks
-        return names
+    def _names(self, image_id: int) -> list[str]:  # the mini world's data say what is there, said or not
+        return super()._names(image_id) if self._known_names is None else self._known_names[image_id]
 
     def _mask(self, i: int) -> np.ndarray:
         task = self._tasks[i]

@@ -80,12 +80,14 @@ class SegmentationMetrics(Metric):
             self.add_state("histogram", torch.zeros(3, 2 * _HALF + 1, dtype=torch.int64), dist_reduce_fx="sum")
 
     @classmethod
-    def from_counts(cls, counts) -> "SegmentationMetrics":
-        """The metric of N samples that `threshold_counts` has counted, (N, 49, 4), in the released convention."""
+    def from_counts(cls, counts, groups=None) -> "SegmentationMetrics":
+        """The metric of N samples that `threshold_counts` has counted, (N, 49, 4), in the released convention; with the
+        samples' classes, N `groups` from 0, each class is one of its groups."""
         counts = torch.as_tensor(counts)
-        metrics = cls()
-        metrics.counts += counts.sum(0)
-        metrics.samples += len(counts)
+        metrics = cls(None if groups is None else int(max(groups)) + 1)
+        groups = metrics._group_ids(groups, len(counts))
+        metrics.counts.index_add_(0, groups, counts)
+        metrics.samples.index_add_(0, groups, torch.ones_like(groups))
         metrics.iou_sum += metrics._iou(counts)[0].sum(0)
         metrics._update_count = len(counts)
         return metrics
@@ -170,10 +172,17 @@ class SegmentationMetrics(Metric):
 
 
 def bootstrap(counts, clusters, threshold: float = 0.3, n: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """95% percentile intervals of the figures at one threshold, resampling whole images (released convention).
+    """95% percentile intervals of the figures at one threshold: of what `resampled` gives."""
+    figures = resampled(counts, clusters, threshold, n, seed)
+    return {key: tuple(np.percentile(figures[key], (2.5, 97.5)).tolist()) for key in KEYS}
+
+
+def resampled(counts, clusters, threshold: float, n: int = 1000, seed: int = 0, groups=None) -> dict[str, np.ndarray]:
+    """The figures at one threshold of `n` resamples of whole images, (n,) each (released convention).
 
     counts: (N, 49, 4), stacked `threshold_counts` of N samples. clusters: N image ids, whose samples stay together.
-    n: number of resamples. Returns (low, high) for each of miou (mean of the samples' IoUs), iou_fg, iou_bin and ap.
+    groups: N classes, or None. Keys: miou (mean of the samples' IoUs, or of the classes' that a resample has), iou_fg,
+    iou_bin and ap.
     """
     index = _threshold_index(threshold)
     counts, clusters = np.asarray(counts), np.asarray(clusters).reshape(-1)
@@ -195,9 +204,16 @@ def bootstrap(counts, clusters, threshold: float = 0.3, n: int = 1000, seed: int
     drawn_sums = weights @ sums
     totals = drawn_sums[:, :-2].reshape(n, len(THRESHOLDS), 4)
     fg, bg = (x.numpy() for x in _iou(torch.from_numpy(totals[:, index])))
-    ap = [_simpson_ap(total) for total in totals]
-    figures = {"miou": drawn_sums[:, -2] / drawn_sums[:, -1], "iou_fg": fg, "iou_bin": (fg + bg) / 2, "ap": ap}
-    return {key: tuple(np.percentile(figures[key], (2.5, 97.5)).tolist()) for key in KEYS}
+    ap = np.array([_simpson_ap(total) for total in totals])
+    if groups is None:
+        miou = drawn_sums[:, -2] / drawn_sums[:, -1]
+    else:
+        own = np.zeros((images, int(max(groups)) + 1, 5))
+        np.add.at(own, (image, np.asarray(groups)), np.column_stack([counts[:, index], np.ones(len(counts))]))
+        drawn_own = np.tensordot(weights, own, 1)
+        iou = _iou(torch.from_numpy(drawn_own[..., :4]))[0].numpy()
+        miou = np.nanmean(np.where(drawn_own[..., 4] > 0, iou, np.nan), 1)
+    return {"miou": miou, "iou_fg": fg, "iou_bin": (fg + bg) / 2, "ap": ap}
 
 
 def _maps(maps, name):

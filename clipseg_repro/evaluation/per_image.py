@@ -12,12 +12,13 @@ from time import monotonic
 
 import safetensors.torch
 import torch
+from torch import distributed as dist
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
 from clipseg_repro import __version__
 from clipseg_repro.errors import InputError, listed
-from clipseg_repro.files import fingerprint, written_whole
+from clipseg_repro.files import written_whole
 
 KEEP_EVERY = 30  # seconds
 WORKERS = 8  # at most, on a CPU: more wait for Python
@@ -36,6 +37,8 @@ def measure(
 ) -> list[dict]:
     """The rows that `work` gives for all images, in the order of `images`; what it counts is added to `metrics`.
 
+    Under `accelerate launch` every process takes a part of the images, and has all rows and counts in the end.
+
     read(image) gives work's arguments, in the caller's thread, a few images ahead. work(segmenter, *arguments) runs in
     one of a few threads, with a query image of its own, and gives its rows (dicts of JSON's values) and the arguments
     of `metrics.update`, None for nothing.
@@ -46,6 +49,7 @@ def measure(
     work or update did.
     """
     dataset.check_pictures()
+    every, images = images, images[_rank() :: _processes()]
     file = keep and Path(keep) / f"{_digest(segmenter.model, dataset, images, label, settings)}.safetensors"
     rows, failed, lock = {}, {}, Lock()
     if file and file.exists():
@@ -98,15 +102,37 @@ def measure(
     finally:
         if file and len(rows) < len(images):
             save()
+    rows, failed = _joined(rows), _joined(failed)
     if failed:
         kept = "what was counted of the others is kept, " if file else ""
         raise InputError(
-            f"{len(failed)} of {len(images)} images could not be measured; {kept}mend these and run the same again: "
+            f"{len(failed)} of {len(every)} images could not be measured; {kept}mend these and run the same again: "
             + listed(failed.values())
         )
     if file:
         file.unlink(missing_ok=True)
-    return [row for image in images for row in rows[image]]
+    if metrics is not None and _processes() > 1:
+        for state in metrics.metric_state.values():
+            dist.all_reduce(state)
+        metrics.sync_on_compute = False  # they are summed already
+    return [row for image in every for row in rows[image]]
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _joined(own: dict) -> dict:
+    """The entries of all processes."""
+    if _processes() == 1:
+        return own
+    parts = [{}] * _processes()
+    dist.all_gather_object(parts, own)
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def _in_parallel(work: Callable, tasks: Iterable[tuple], device: torch.device) -> Iterator:
@@ -131,7 +157,7 @@ def _in_parallel(work: Callable, tasks: Iterable[tuple], device: torch.device) -
 
 def _digest(model, dataset, images, label, settings):
     """The name of a measurement: of another model, other data or other settings it is another."""
-    asked = [__version__, label, fingerprint(dataset.folder), images, dataset.phrases, settings]
+    asked = [__version__, label, dataset.fingerprint(), images, dataset.phrases, settings]
     digest = hashlib.sha256(json.dumps(asked).encode())
     digest.update(repr(model.config).encode())
     for name, tensor in model.state_dict().items():

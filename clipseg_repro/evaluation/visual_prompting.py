@@ -42,14 +42,14 @@ def visual_prompt_gain(
 ) -> pd.DataFrame:
     """Table 2: CLIP's probability of an object's name before and after a recipe points at the object.
 
-    One target per image of a PhraseCut split, drawn with `seed` among the things named there (see `named_things`);
+    One target per image, drawn with `seed` among the things named there (see `Samples.things`);
     images with fewer than three are skipped. `limit` takes the first images only; `keep`: as in `per_image.measure`.
     Returns a DataFrame, one row per image: image_id, target, names (how many), original, and a column per recipe,
     probabilities in [0, 1]. Table 2's figure is the mean of `recipe - original`, in percent.
     """
 
     def read(image_id):
-        return image_id, named_things(dataset, image_id), dataset[dataset.by_image[image_id][0]].image
+        return image_id, dataset.things(image_id), dataset[dataset.by_image[image_id][0]].image
 
     def work(segmenter, image_id, things, image):
         if len(things) < FEWEST_NAMES:
@@ -67,22 +67,3 @@ def visual_prompt_gain(
     if not rows:
         raise InputError(f"no image has {FEWEST_NAMES} names: take another split or a larger `limit`")
     return pd.DataFrame(rows)
-
-
-def named_things(dataset, image_id: int) -> dict[str, np.ndarray]:
-    """What an image of a PhraseCut split shows, by name, in order of name: {name: (H, W) bool mask}.
-
-    A name's mask is the union of its phrases' masks. Two names with the same pixels are two words for one thing (half
-    of the smaller mask lies in the larger), which CLIP cannot be asked to tell apart: the first stands for both.
-    """
-    masks = {}
-    for i in dataset.by_image[image_id]:
-        name = dataset.structures[i]["name"]
-        masks[name] = masks.get(name, False) | (dataset[i].mask == 1)
-    things = {}
-    for name in sorted(name for name, mask in masks.items() if mask.any()):
-        mask = masks[name]
-        same = (n for n, m in things.items() if (m & mask).sum() > min(m.sum(), mask.sum()) / 2)
-        first = next(same, name)
-        things[first] = things.get(first, False) | mask
-    return things

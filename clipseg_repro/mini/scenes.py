@@ -16,6 +16,7 @@ from clipseg_repro.mini.vocabulary import COLOURS, SPRITE_SIZE, load_vocabulary,
 SMALL, LARGE = 0.28, 0.46  # "small" and "large": longer side of the object over the shorter side of the image
 MIN_VISIBLE = 0.75  # every object keeps at least this share of its area in view
 DARKEST = 110  # of a background: pictograms have black outlines
+GROUNDS = ("grass", "gravel", "brick")  # photographs that benchmarks of stuff have a name for
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,11 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """`image` (H, W, 3) uint8 RGB and the objects, back to front."""
+    """`image` (H, W, 3) uint8 RGB, the objects, back to front, and the background: one of GROUNDS, or ""."""
 
     image: np.ndarray
     objects: tuple[SceneObject, ...]
+    ground: str = ""
 
 
 @cache
@@ -60,9 +62,7 @@ def _photographs() -> tuple[np.ndarray, ...]:
     """Photographs that scikit-image bundles, cut where they show none of the vocabulary's kinds."""
     data = skimage.data
     crops = [
-        data.grass(),
-        data.gravel(),
-        data.brick(),
+        *(getattr(data, name)() for name in GROUNDS),
         data.moon(),
         data.immunohistochemistry(),
         data.coffee()[280:, 300:],
@@ -79,12 +79,15 @@ def _photographs() -> tuple[np.ndarray, ...]:
     )
 
 
-def _background(rng: np.random.Generator, height: int, width: int, plain: float) -> np.ndarray:
-    """A photograph, smooth noise or stripes between two colours, or one colour: float32, at least DARKEST."""
+def _background(rng: np.random.Generator, height: int, width: int, plain: float) -> tuple[np.ndarray, str]:
+    """A photograph, smooth noise or stripes between two colours, or one colour: float32, at least DARKEST; and of a
+    photograph its name in GROUNDS."""
+    ground = ""
     if rng.random() < plain:
         picture = np.full((height, width, 3), rng.integers(0, 256, 3), np.float32)
     elif rng.random() < 0.6:
-        photo = _photographs()[rng.integers(len(_photographs()))]
+        chosen = rng.integers(len(_photographs()))
+        photo, ground = _photographs()[chosen], dict(enumerate(GROUNDS)).get(int(chosen), "")
         side = int(rng.uniform(0.4, 1.0) * min(photo.shape[:2]))
         y, x = rng.integers(photo.shape[0] - side + 1), rng.integers(photo.shape[1] - side + 1)
         picture = cv2.resize(photo[y : y + side, x : x + side], (width, height), interpolation=cv2.INTER_LINEAR)
@@ -103,7 +106,7 @@ def _background(rng: np.random.Generator, height: int, width: int, plain: float)
             wave = cv2.resize(rng.random((cells, cells), np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
         picture = low + (high - low) * wave[..., None].astype(np.float32)
     darkest = rng.uniform(DARKEST, DARKEST + 40)
-    return darkest + np.clip(picture, 0, 255) * ((255 - darkest) / 255)
+    return darkest + np.clip(picture, 0, 255) * ((255 - darkest) / 255), ground
 
 
 @lru_cache(maxsize=1024)
@@ -138,11 +141,13 @@ def _draw(rng, hexcode, colour, height, width, scale, max_angle):
     return warped[..., :3], warped[..., 3] / 255, (slice(y, y + h), slice(x, x + w))
 
 
-def compose(rng: np.random.Generator, rules: SceneRules = SceneRules()) -> Scene:
-    """One random scene. It has at most the drawn number of objects: those that find no free place are left out."""
+def compose(rng: np.random.Generator, rules: SceneRules = SceneRules(), kinds: tuple[int, ...] | None = None) -> Scene:
+    """One random scene of some `kinds`, or of all. It has at most the drawn number of objects: those that find no free
+    place are left out."""
     vocabulary = load_vocabulary()
+    kinds = range(len(vocabulary)) if kinds is None else kinds
     height, width = rules.sizes[rng.integers(len(rules.sizes))]
-    canvas = _background(rng, height, width, rules.plain)
+    canvas, ground = _background(rng, height, width, rules.plain)
     wanted = int(rng.integers(rules.objects[0], rules.objects[1] + 1))
     placed: list[dict] = []
     recolours: dict[int, bool] = {}
@@ -150,7 +155,7 @@ def compose(rng: np.random.Generator, rules: SceneRules = SceneRules()) -> Scene
         if placed and rng.random() < rules.repeat:
             kind = vocabulary[placed[rng.integers(len(placed))]["kind"]]
         else:
-            kind = vocabulary[rng.integers(len(vocabulary))]
+            kind = vocabulary[kinds[rng.integers(len(kinds))]]
         # A kind is recoloured in the whole scene or not at all, so that "red car" is never ambiguous.
         recoloured = recolours.setdefault(kind.index, kind.colourable and rng.random() < rules.recolour)
         colour = list(COLOURS)[rng.integers(len(COLOURS))] if recoloured else None
@@ -178,7 +183,7 @@ def compose(rng: np.random.Generator, rules: SceneRules = SceneRules()) -> Scene
         canvas[window] = canvas[window] * (1 - alpha[..., None]) + np.minimum(rgb * light, 255)
     grain = rng.uniform(0, 3) * rng.standard_normal((height, width, 1), np.float32)
     canvas = canvas * np.float32(rng.uniform(0.9, 1.1)) + grain
-    return Scene(np.clip(canvas, 0, 255).astype(np.uint8), tuple(_finish(p) for p in placed))
+    return Scene(np.clip(canvas, 0, 255).astype(np.uint8), tuple(_finish(p) for p in placed), ground)
 
 
 def _finish(p: dict) -> SceneObject:

@@ -117,3 +117,13 @@ def recolour(rgba: np.ndarray, colour: str) -> np.ndarray:
         [np.full(shade.shape, hue), np.full(shade.shape, saturation), np.clip(value * shade, 0, 255)], -1
     )[coloured]
     return np.dstack([cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2RGB), rgba[..., 3]])
+
+
+class MiniWords:
+    """What classes of VOC are called in this world, in place of `datasets.held_out.WordNet`."""
+
+    def lemmas(self, name: str) -> set[str]:
+        return {word for kind in load_vocabulary() if kind.pascal == name for word in (*kind.names, kind.pascal)}
+
+    def base(self, word: str) -> str:
+        return word  # nothing here is in the plural

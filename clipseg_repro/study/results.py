@@ -28,8 +28,9 @@ PACKAGE = Path(clipseg_repro.__file__).parent
 _fingerprint = lru_cache(fingerprint)  # of hundreds of megabytes at the paper's scale
 
 
-def save_table(frame: pd.DataFrame, name: str, caption: str, scale: Scale) -> pd.DataFrame:
-    """Write tables/<name>.csv and .md of the scale's results folder and record their provenance.
+def save_table(frame: pd.DataFrame, name: str, caption: str, scale: Scale, **origin) -> pd.DataFrame:
+    """Write tables/<name>.csv and .md of the scale's results folder and record their provenance (`origin`: as in
+    `record`).
 
     Decimals are rounded to DIGITS; a named index becomes a column. Returns the table as written, for display.
     """
@@ -41,27 +42,30 @@ def save_table(frame: pd.DataFrame, name: str, caption: str, scale: Scale) -> pd
         frame.to_csv(temporary, index=False, lineterminator="\n")
     with written_whole(path.with_suffix(".md")) as temporary:
         temporary.write_text(_markdown(frame, caption), encoding="utf-8", newline="\n")
-    record(path, scale, caption=caption)
+    record(path, scale, caption=caption, **origin)
     return frame
 
 
-def save_figure(figure, name: str, scale: Scale):
-    """Write figures/<name>.png of the scale's results folder: the same bytes from the same figure."""
+def save_figure(figure, name: str, scale: Scale, **origin):
+    """Write figures/<name>.png of the scale's results folder: the same bytes from the same figure. `origin`: as in
+    `record`."""
     path = _path(scale, "figures", name, ".png")
     with written_whole(path) as temporary:  # metadata: without it, matplotlib's version would be in the file
         figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
-    record(path, scale)
+    record(path, scale, **origin)
 
 
-def record(path: Path, scale: Scale, **more):
+def record(path: Path, scale: Scale, model: str | None = None, data: str | None = None, **more):
     """Enter a file of the results folder in provenance.json, by its path there; entries whose file is gone leave it.
 
+    model: what was measured, if not the scale's own. data: the fingerprint of what it was measured on, if that is not
+    the scale's PhraseCut.
     A file that comes out byte for byte as recorded, from the same model and data, keeps its record: the run named there
     did produce it.
     """
     entries = recorded(scale)
     key = Path(path).relative_to(scale.results).as_posix()
-    entry = {"sha256": sha256(path)} | more | provenance(scale)
+    entry = {"sha256": sha256(path)} | more | provenance(scale, model, data)
     known = entries.get(key, {})
     if all(known.get(name) == entry[name] for name in ("sha256", *more, *MADE_FROM)):
         return
@@ -85,14 +89,15 @@ def recorded(scale: Scale) -> dict[str, dict]:
     return entries
 
 
-def provenance(scale: Scale) -> dict:
+def provenance(scale: Scale, model: str | None = None, data: str | None = None) -> dict:
     """Where a result made now comes from: code, model, data, seed, time, versions and machine."""
+    model = model or scale.model
     return {
         "version": clipseg_repro.__version__,
         "scale": scale.name,
         "seed": scale.seed,
-        "model": {"source": scale.model, "sha256": _weights_checksum(scale.model)},
-        "data": _fingerprint(scale.phrasecut),
+        "model": {"source": model, "sha256": _weights_checksum(model)},
+        "data": data or _fingerprint(scale.phrasecut),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": version("torch"),

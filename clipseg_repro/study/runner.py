@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from clipseg_repro.errors import InputError
 from clipseg_repro.files import sha256, sweep
 from clipseg_repro.study.results import PACKAGE, recorded
-from clipseg_repro.study.scales import Scale, get_scale, project_root
+from clipseg_repro.study.scales import get_scale, project_root
 
 
 class NotebookFailed(RuntimeError):
@@ -41,13 +41,14 @@ def notebooks(only=()) -> list[Path]:
     return sorted(chosen) or found
 
 
-def reproduce(only=(), scale: str = "mini", resume: bool = True) -> list[Path]:
+def reproduce(only=(), scale: str = "mini", resume: bool = True, limit: int | None = None) -> list[Path]:
     """Run the notebooks (all, or those that `only` names) and return their executed copies.
 
     Notebooks write tables and figures to results/ themselves; here executed copies go to results/executed and what
     they print to results/logs. With `resume`, a notebook that has run is not run again unless it, the package or the
     scale has changed since, or one of its tables and figures is no longer there as it was written and recorded. The
-    kernel is this interpreter's, whatever kernels are installed. Raises NotebookFailed, or InputError if results/
+    kernel is this interpreter's, whatever kernels are installed. `limit`: of those notebooks that have such a
+    parameter, for a quick pass. Raises NotebookFailed, or InputError if results/
     cannot be written or its provenance.json is damaged.
     """
     chosen, scale = notebooks(only), get_scale(scale)
@@ -61,12 +62,13 @@ def reproduce(only=(), scale: str = "mini", resume: bool = True) -> list[Path]:
         scale.prepare()
         copies = []
         for number, path in enumerate(chosen, start=1):
-            copy, key = executed / path.name, _key(path, scale)
+            parameters = {"SCALE": scale.name} | ({"LIMIT": limit} if limit and _takes_limit(path) else {})
+            copy, key = executed / path.name, _key(path, parameters)
             label = f"[{number}/{len(chosen)}] {path.stem}"
             if resume and _finished(copy, key, scale, entries):
                 tqdm.write(f"{label}: already done")
             else:
-                _run(path, copy, logs / f"{path.stem}.log", scale, key, label)
+                _run(path, copy, logs / f"{path.stem}.log", scale, parameters, key, label)
             copies.append(copy)
     except OSError as error:
         raise InputError(
@@ -76,7 +78,12 @@ def reproduce(only=(), scale: str = "mini", resume: bool = True) -> list[Path]:
     return copies
 
 
-def _run(path, copy, log, scale, key, label):
+def _takes_limit(path: Path) -> bool:
+    cells = nbformat.read(path, as_version=4).cells
+    return any("parameters" in cell.metadata.get("tags", ()) and "LIMIT" in cell.source for cell in cells)
+
+
+def _run(path, copy, log, scale, parameters, key, label):
     """Execute one notebook in its folder; its copy appears under its name only when it is complete."""
     from papermill import execute_notebook  # slow to import
     from papermill.exceptions import PapermillExecutionError
@@ -96,7 +103,7 @@ def _run(path, copy, log, scale, key, label):
             notebook = execute_notebook(
                 path,
                 partial,
-                parameters={"SCALE": scale.name},
+                parameters=parameters,
                 kernel_name=NATIVE_KERNEL_NAME,
                 language="python",
                 kernel_manager_class=Kernel,
@@ -130,10 +137,10 @@ def _cell(path, source):
     return f"cell {index} of {len(cells)} ({first})" if index else f"the cell of parameters ({first})"
 
 
-def _key(path: Path, scale: Scale) -> str:
-    """Changes when a re-run could give something else: with the notebook's cells, the scale, or the package."""
+def _key(path: Path, parameters: dict) -> str:
+    """Changes when a re-run could give something else: with the notebook's cells, its parameters, or the package."""
     cells = [(cell.cell_type, cell.source) for cell in nbformat.read(path, as_version=4).cells]
-    return hashlib.sha256(json.dumps([cells, scale.name, _package_checksum()]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([cells, parameters, _package_checksum()]).encode()).hexdigest()
 
 
 @lru_cache

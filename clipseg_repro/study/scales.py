@@ -10,9 +10,22 @@ from clipseg_repro.errors import InputError
 
 
 def _build_mini(root: Path, seed: int):
-    from clipseg_repro.mini.export import build  # late: only who builds the mini world needs the renderer
+    from clipseg_repro.mini import export, replicas  # late: only who builds the mini world needs the renderer
 
-    build(root, seed=seed)
+    export.build(root / "PhraseCut", seed=seed)
+    replicas.build(root, seed=seed)
+
+
+def _mini_words():
+    from clipseg_repro.mini.vocabulary import MiniWords
+
+    return MiniWords()
+
+
+def _wordnet():
+    from clipseg_repro.datasets.held_out import WordNet
+
+    return WordNet(data_root() / "nltk_data")
 
 
 @dataclass(frozen=True)
@@ -25,36 +38,45 @@ class Scale:
 
     name: str
     model: str  # what `load_segmenter` takes
-    phrasecut: Path  # the VGPhraseCut_v0 folder
+    data: Path  # the folder of the data sets, each in its own (datasets.catalogue)
     results: Path
     live: dict  # what changes besides `training` in the run that a notebook shows live: seconds on a laptop
     training: dict = field(default_factory=dict)  # what this scale's budget changes in every run of experiments.yaml
     # What a run starts from whose model is not made from `model`'s CLIP: a Hub id, or a folder that another run makes.
     sources: dict[str, str | Path] = field(default_factory=dict)
+    episodes: int = 1000  # of each fold of COCO-20i
     seed: int = 0
-    build: Callable[[Path, int], None] | None = None  # writes VGPhraseCut_v0 into a folder; None: the user fetches it
+    build: Callable[[Path, int], None] | None = None  # writes all data sets into `data`; None: the user fetches them
+
+    words: Callable = _wordnet  # () -> what held-out classes are called: `datasets.held_out.Words`
+
+    @property
+    def phrasecut(self) -> Path:
+        return self.data / "PhraseCut" / "VGPhraseCut_v0"
 
     @property
     def unfinished(self) -> Path:
         """Where measurements keep what they have counted until they are through (`evaluation.per_image.measure`)."""
         return self.results / "unfinished"
 
-    def prepare(self):
-        """Make sure that the data are there: generate them where the scale can (idempotent, resumes after a kill,
-        repairs what is damaged).
+    def prepare(self, *needed: str):
+        """Generate the data sets where the scale can (idempotent, resumes after a kill, repairs what is damaged), and
+        see that those that are `needed` (by their names in `datasets.catalogue`) are there.
 
-        Raises InputError where they must be fetched and are not there. What is there is not checked: `data check` does.
+        Raises InputError where they must be fetched. What is there is not checked: `data check` does.
         """
-        from clipseg_repro.datasets.phrasecut_files import missing_parts  # late: slow to import
+        from clipseg_repro.datasets.catalogue import CATALOGUE  # late: slow to import
 
         if self.build:
-            self.build(self.phrasecut.parent, self.seed)
-        elif missing := missing_parts(self.phrasecut):
-            raise InputError(
-                f"no PhraseCut data in '{self.phrasecut}' (missing: {', '.join(missing)}): fetch them as "
-                "data/README.md says, or set CLIPSEG_REPRO_DATA to the folder that holds them; then check them with "
-                f"clipseg-repro data check phrasecut --scale {self.name}"
-            )
+            self.build(self.data, self.seed)
+        for name in needed:
+            if missing := CATALOGUE[name].missing(self.data):
+                raise InputError(
+                    f"no {CATALOGUE[name].title} data in '{self.data / CATALOGUE[name].folder}' (missing: "
+                    f"{', '.join(missing)}): fetch them with clipseg-repro data fetch {name} --scale {self.name} or as "
+                    "data/README.md says, or set CLIPSEG_REPRO_DATA to the folder that holds them; then check them: "
+                    f"clipseg-repro data check {name} --scale {self.name}"
+                )
 
     def source(self, model: str) -> str:
         """What `training.train` starts a run of that `model` from (the key of experiments.yaml).
@@ -73,9 +95,10 @@ SCALES = {
     "mini": Scale(
         name="mini",
         model="mini",
-        phrasecut=Path("mini/PhraseCut/VGPhraseCut_v0"),
+        data=Path("mini"),
         results=Path("."),
         live={"iterations": 250, "batch": 4, "visual": False},
+        episodes=30,
         training={
             "iterations": 7200,
             "batch": 12,
@@ -89,11 +112,12 @@ SCALES = {
             "clipseg-resnet": Path("training/mini-resnet-clip/model"),
         },
         build=_build_mini,
+        words=_mini_words,
     ),
     "paper": Scale(
         name="paper",
         model="CIDAS/clipseg-rd64-refined",
-        phrasecut=Path("PhraseCut/VGPhraseCut_v0"),
+        data=Path("."),
         results=Path("paper"),
         live={"iterations": 1000},
         sources={
@@ -115,7 +139,7 @@ def get_scale(name: str = "mini") -> Scale:
     scale = SCALES[name]
     results = project_root() / os.environ.get("CLIPSEG_REPRO_RESULTS", "results") / scale.results
     sources = {k: results / v if isinstance(v, Path) else v for k, v in scale.sources.items()}
-    return replace(scale, phrasecut=data_root() / scale.phrasecut, results=results, sources=sources)
+    return replace(scale, data=data_root() / scale.data, results=results, sources=sources)
 
 
 def data_root() -> Path:

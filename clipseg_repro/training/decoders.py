@@ -12,7 +12,13 @@ from accelerate import Accelerator, PartialState
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from clipseg_repro.datasets.phrasecut import PhraseCut, PhraseCutPlus, TrainingSample
+from clipseg_repro.datasets.class_phrases import ClassPhrases
+from clipseg_repro.datasets.coco import COCO
+from clipseg_repro.datasets.episodes import coco_fold
+from clipseg_repro.datasets.held_out import Words, remover
+from clipseg_repro.datasets.lvis import LVIS
+from clipseg_repro.datasets.own import Own, splits
+from clipseg_repro.datasets.phrasecut import PhraseCut, PhraseCutPlus, Samples, TrainingSample
 from clipseg_repro.devices import fast_dtype
 from clipseg_repro.errors import InputError
 from clipseg_repro.evaluation.metrics import SegmentationMetrics
@@ -114,6 +120,22 @@ def mixed(texts: torch.Tensor, examples: torch.Tensor | None, batch: Batch) -> t
     return weights * texts + (1 - weights) * visual
 
 
+def samples(dataset: str, root: Path, split: str, held: str | None = None, words: Words | None = None) -> Samples:
+    """The samples of a split (train or val) that a run of experiments.yaml asks for; `held`: its `held_out`.
+
+    root: the folder of the data set, or a CSV of one's own, all of whose rows are taken where it has no such split.
+    """
+    if str(root).endswith(".csv"):
+        return ClassPhrases(Own(root, split if split in splits(root) else None))
+    if dataset == "phrasecut":
+        return PhraseCut(root, split, remover(held, words) if held else None)
+    if dataset == "lvis":
+        return ClassPhrases(LVIS(root, split))
+    data = COCO(root, f"{split}2014")
+    left_out = coco_fold(int(held.rpartition("-")[2])) if held else ()
+    return ClassPhrases(data, set(range(len(data.classes))) - set(left_out))
+
+
 def train(
     run: str,
     root: Path,
@@ -122,14 +144,17 @@ def train(
     seed: int = 0,
     validate_on: int = 100,
     keep: Path | None = None,
+    words: Words | None = None,
     **budget,
 ):
-    """Train a fresh decoder for `run` on the PhraseCut data in `root` and save the model to `folder/model`.
+    """Train a decoder for `run`, on the data in `root` (see `samples`), and save the model to `folder/model`. It is a
+    fresh one, but for a run that says `start: source`.
 
     `source` gives CLIP, or whatever backbone the run's model has (its decoder is replaced). `budget` overrides settings
     of the run, as `Scale.training` does. `keep`: a folder for what the frozen backbone makes of the pictures, where the
     run crops them once (`crop_once`); runs on the same backbone share it. Progress, curve and checkpoint are
     `loop.fit`'s, in `folder`: a killed run resumes exactly. `validate_on`: images of the val split in the curve.
+    `words`: what held-out classes are called, for runs that leave some out.
     Returns the trained Segmenter. Raises InputError for an unknown run and for a source of another kind of model.
     """
     if run not in experiments():
@@ -145,10 +170,13 @@ def train(
     model = adapted(model, settings["model"])
     frozen, processor = load_model(source, pretrained=pretrained)  # what no gradient reaches, as fast as can be
     frozen = adapted(frozen, settings["model"]).to(device, dtype)
-    model = fresh_decoder(model, settings["reduce_dim"], seed).to(device).requires_grad_(False)
+    if settings["start"] == "fresh":
+        model = fresh_decoder(model, settings["reduce_dim"], seed)
+    model = model.to(device).requires_grad_(False)
     model.decoder.requires_grad_(True).train()
+    wanted = settings["dataset"], root
     data = PhraseCutPlus(
-        PhraseCut(root, "train"),
+        samples(*wanted, "train", settings["held_out"], words),
         settings["negative"],
         tuple(settings["text_weight"]),
         visual=settings["visual"],
@@ -156,10 +184,10 @@ def train(
         crop_once=settings["crop_once"],
         seed=seed,
     )
-    keep = keep / frozen_key(frozen, processor, data.dataset.folder) if keep and settings["crop_once"] else None
+    keep = keep / frozen_key(frozen, processor, data.dataset) if keep and settings["crop_once"] else None
     images = Kept(keep and keep / "images", len(data.dataset.by_image))
     examples = Kept(keep and keep / "examples", len(data.dataset), np.float32)
-    val = PhraseCut(root, "val")
+    val = samples(*wanted, "val")
     optimiser = torch.optim.AdamW(model.decoder.parameters(), lr=settings["learning_rate"])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, settings["final_learning_rate"])
     crops = settings["batch"] // settings["phrases_per_image"]
@@ -175,7 +203,7 @@ def train(
             (shown,) = examples.get(batch.supports, lambda x: [embed_images(frozen, x.to(device, dtype)).float()])
         return mixed(embed_texts(frozen, processor, batch.texts).float(), shown, batch)
 
-    if settings["film"] == "aligned":
+    if settings["film"] == "aligned" and settings["start"] == "fresh":
         batch = collate([draws[n] for n in range(ALIGN_ON)])
         *_, deepest = activations(batch)
         align_film(model, deepest.float().to(device), embed_texts(model, processor, batch.texts))
@@ -217,7 +245,7 @@ def train(
             {"decoder": model.decoder, "optimiser": optimiser, "schedule": schedule},
             settings,
             validate=lambda: validate(model, processor, val, validate_on),
-            every=max(1, min(250, steps // 4)),
+            every=min(250, -(-steps // 4)),  # quarters: a rest of two steps would be all noise
         )
     with writing(folder):
         model.eval().save_pretrained(Path(folder) / "model")
@@ -268,7 +296,7 @@ def align_film(model, activations: torch.Tensor, texts: torch.Tensor):
 
 
 @torch.no_grad()
-def validate(model, processor, dataset: PhraseCut, images: int) -> dict[str, float]:
+def validate(model, processor, dataset: Samples, images: int) -> dict[str, float]:
     """mIoU, IoU_FG at the best threshold and AP of text prompts on the first `images` of a split.
 
     In the exact convention: the released AP leaves out all recall below that at t = 0.98, and falls as maps get surer.

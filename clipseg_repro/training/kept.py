@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 
-from clipseg_repro.files import fingerprint
+from clipseg_repro.datasets.phrasecut import Samples
 
 
-def frozen_key(model, processor, data: Path) -> str:
+def frozen_key(model, processor, data: Samples) -> str:
     """A name for all that the outputs of a model's backbone depend on: weights, precision, preparation, data."""
-    digest = hashlib.sha256(f"{fingerprint(data)} {processor.image_processor.to_json_string()}".encode())
+    digest = hashlib.sha256(f"{data.fingerprint()} {processor.image_processor.to_json_string()}".encode())
     for name, value in sorted(model.state_dict().items()):
         if not name.startswith("decoder."):
             digest.update(f"{name} {value.dtype}".encode() + value.float().cpu().numpy().tobytes())

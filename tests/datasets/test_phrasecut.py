@@ -116,7 +116,7 @@ def test_words_of_table_8_are_removed(official):
     assert not mentions_property("wheelchair")
     dataset = PhraseCut(official, "test", remove=mentions_property)
     assert dataset.phrases == ["dog", "black dog", "black dog"]
-    with pytest.raises(InputError, match="no phrase of split 'test' is left"):
+    with pytest.raises(InputError, match="no phrase is left in split 'test'"):
         PhraseCut(official, "test", remove=lambda phrase: True)
 
 

@@ -1,13 +1,13 @@
 """Table 2's protocol, against transformers' own CLIP forward pass and hand-made data."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
+from clipseg_repro.datasets import Sample
+from clipseg_repro.datasets.phrasecut import Samples
 from clipseg_repro.errors import InputError
-from clipseg_repro.evaluation.visual_prompting import name_probabilities, named_things, visual_prompt_gain, whole_image
+from clipseg_repro.evaluation.visual_prompting import name_probabilities, visual_prompt_gain, whole_image
 from clipseg_repro.prompts import RECIPES, VisualPrompt, to_pixels
 
 
@@ -22,22 +22,23 @@ def library_probabilities(segmenter, image, names):
     return output.logits_per_image.softmax(-1)[0].numpy()
 
 
-class Annotated:
+class Annotated(Samples):
     """A data set of one phrase per (image_id, image, name, mask)."""
+
+    picture = mask = fingerprint = None  # asked for by training, or by measurements that are kept
 
     def __init__(self, *rows):
         self.rows = rows
-        self.structures = [{"name": name} for _, _, name, _ in rows]
-        self.by_image = {}
-        for i, (image_id, *_) in enumerate(rows):
-            self.by_image.setdefault(image_id, []).append(i)
+        names = [name for _, _, name, _ in rows]
+        structures = [{"name": name, "relation_descriptions": []} for name in names]
+        super().__init__(names, structures, [image_id for image_id, *_ in rows], "rows")
 
     def check_pictures(self):
         pass
 
     def __getitem__(self, i):
-        _, image, _, mask = self.rows[i]
-        return SimpleNamespace(image=image, mask=mask.astype(np.uint8))
+        image_id, image, name, mask = self.rows[i]
+        return Sample(image, mask.astype(np.uint8), name, image_id)
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_one_row_per_image_with_three_names(segmenter, scene, picture):
 
 
 def test_a_name_means_all_that_is_called_so(scene, picture_mask):
-    things = named_things(scene, 7)
+    things = scene.things(7)
     assert list(things) == ["cat", "dog", "tree"]
     np.testing.assert_array_equal(things["cat"], picture_mask)
     np.testing.assert_array_equal(things["dog"], scene.rows[3][3] | scene.rows[4][3])
@@ -83,7 +84,7 @@ def test_a_name_means_all_that_is_called_so(scene, picture_mask):
 def test_the_recipe_is_applied_to_the_target(segmenter, scene, picture):
     recipe = "BG intensity 0%"
     (row,) = visual_prompt_gain(segmenter, scene, [recipe]).to_dict("records")
-    prompt = VisualPrompt(picture, named_things(scene, 7)[row["target"]], recipe)
+    prompt = VisualPrompt(picture, scene.things(7)[row["target"]], recipe)
     (found,) = name_probabilities(segmenter, [prompt], ["cat", "dog", "tree"])
     assert row[recipe] == pytest.approx(found[["cat", "dog", "tree"].index(row["target"])], abs=1e-6)
 

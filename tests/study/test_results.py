@@ -21,10 +21,10 @@ from clipseg_repro.study.scales import SCALES
 
 @pytest.fixture
 def scale(tmp_path, tiny_folder):
-    root = tmp_path / "VGPhraseCut_v0"
-    root.mkdir()
+    root = tmp_path / "data" / "PhraseCut" / "VGPhraseCut_v0"
+    root.mkdir(parents=True)
     (root / "refer_test.json").write_text("[]")
-    return replace(SCALES["mini"], model=str(tiny_folder), phrasecut=root, results=tmp_path / "results")
+    return replace(SCALES["mini"], model=str(tiny_folder), data=tmp_path / "data", results=tmp_path / "results")
 
 
 def test_table(scale):
@@ -77,9 +77,9 @@ def other_weights(scale, folder):
 
 
 def other_data(scale, folder):
-    shutil.copytree(scale.phrasecut, folder / "other")
-    (folder / "other/refer_test.json").write_text("[{}]")
-    return {"phrasecut": folder / "other"}
+    shutil.copytree(scale.data, folder / "other")
+    (folder / "other/PhraseCut/VGPhraseCut_v0/refer_test.json").write_text("[{}]")
+    return {"data": folder / "other"}
 
 
 @pytest.mark.parametrize("change", [other_weights, other_data, lambda *_: {"seed": 7}], ids=["model", "data", "seed"])

@@ -98,7 +98,7 @@ def test_a_notebook_is_done_while_its_results_are_there_as_it_wrote_them(project
 
     (copy,) = (results / "executed").glob("00*")
     scale = get_scale("mini")
-    key = runner._key(project / "notebooks" / "00_first.ipynb", scale)
+    key = runner._key(project / "notebooks" / "00_first.ipynb", {"SCALE": scale.name})
     assert runner._finished(copy, key, scale, recorded(scale))
     for name in made:
         for damage in (Path.unlink, lambda path: path.write_bytes(b"{}")):

@@ -22,6 +22,6 @@ def test_scales(tmp_path, monkeypatch):
     present = {"images/1.jpg": "images/<image_id>", "refer_test.json": "refer_", "image_data_split.json": "split3000"}
     for file, named in present.items():  # data of one split are enough
         with pytest.raises(InputError, match=rf"no PhraseCut data in .*missing: .*{named}.*data/README.md"):
-            get_scale("paper").prepare()
+            get_scale("paper").prepare("phrasecut")
         (tmp_path / "data/PhraseCut/VGPhraseCut_v0" / file).touch()
-    get_scale("paper").prepare()
+    get_scale("paper").prepare("phrasecut")
