@@ -61,11 +61,18 @@ def bench(scale: Scale, repeats: int = 5) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def full_size() -> tuple[CLIPSegForImageSegmentation, CLIPSegProcessor]:
-    """A model of rd64-refined's size with random weights, in eval mode, and a processor with the mini tokenizer."""
-    torch.manual_seed(0)
-    towers = {"vision_config": {"patch_size": 16}, "extract_layers": [3, 6, 9], "reduce_dim": 64}
-    model = CLIPSegForImageSegmentation(CLIPSegConfig(**towers, use_complex_transposed_convolution=True)).eval()
+    """A model of rd64-refined's size (but for the table of tokens) with random weights, in eval mode, and a processor
+    with the mini tokenizer."""
     _, mini = load_model("mini")
+    torch.manual_seed(0)
+    words = {key: getattr(mini.tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    towers = {
+        "vision_config": {"patch_size": 16},
+        "text_config": {"vocab_size": len(mini.tokenizer)} | words,
+        "extract_layers": [3, 6, 9],
+        "reduce_dim": 64,
+    }
+    model = CLIPSegForImageSegmentation(CLIPSegConfig(**towers, use_complex_transposed_convolution=True)).eval()
     return model, CLIPSegProcessor(released_pixels(), mini.tokenizer)
 
 
