@@ -26,13 +26,15 @@ def one_shot(
     keep: Path | None = None,
 ) -> ClassResult:
     """Every episode of some folds. `segmenter`: a Segmenter, or a function that gives the one of a fold, which has not
-    seen the fold's classes.
+    seen the fold's classes. A fold without episodes is left out.
 
     prompts: "visual" (the supports; of several the mean condition) or "text" (the class's name in `template`). `limit`
     takes so many episodes of each fold, spread evenly; `keep`: as in `per_image.measure`.
     """
     rows, counts = [], []
     for fold, episodes in folds.items():
+        if not episodes:  # too few pictures for so many supports
+            continue
         chosen = segmenter(fold) if callable(segmenter) else segmenter
         if limit is not None:
             episodes = [episodes[i] for i in np.unique(np.linspace(0, len(episodes) - 1, limit).astype(int))]

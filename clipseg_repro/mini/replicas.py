@@ -28,11 +28,11 @@ FSS_SIZE = 224  # pixels, as FSS-1000's pictures
 # Pictures by split; stuff: of val2017 that have a label map; fss: classes of ten pictures.
 RULES = SceneRules()
 COUNTS = {
-    "voc": {"train": 20, "val": 110},
-    "context": {"train": 10, "val": 40},
+    "voc": {"train": 20, "val": 140},
+    "context": {"train": 10, "val": 30},
     "coco": {"train2014": 40, "val2014": 200},
     "val2017": 100,
-    "stuff": 16,
+    "stuff": 12,
     "fss": 16,
     "own": {"train": 12, "val": 6},
 }

@@ -97,8 +97,8 @@ SCALES = {
         model="mini",
         data=Path("mini"),
         results=Path("."),
-        live={"iterations": 250, "batch": 4, "visual": False},
-        episodes=30,
+        live={"iterations": 200, "batch": 4, "visual": False},
+        episodes=20,
         training={
             "iterations": 7200,
             "batch": 12,
