@@ -97,7 +97,7 @@ SCALES = {
         model="mini",
         data=Path("mini"),
         results=Path("."),
-        live={"iterations": 200, "batch": 4, "visual": False},
+        live={"iterations": 160, "batch": 4, "visual": False},
         episodes=20,
         training={
             "iterations": 7200,
