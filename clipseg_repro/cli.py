@@ -306,6 +306,9 @@ def evaluate(
             chosen.prepare()
     if every:
         names += [name for name, each in known.items() if not CATALOGUE[each.data].missing(chosen.data)]
+    if not names:
+        advice = f"clipseg-repro data list --scale {scale} shows what is missing"
+        raise InputError(f"no data set in '{chosen.data}': {advice}")
     segmenter = load_segmenter(source or chosen.model, dtype="float32")
     budget = benchmarks.Budget(limit, chosen.episodes, chosen.seed, chosen.unfinished)
     sheet = pd.concat([benchmarks.evaluate(segmenter, name, chosen.data, budget) for name in names])

@@ -38,9 +38,9 @@ class Own(ClassMasks):
     def picture_path(self, i: int) -> Path:
         return self.file.parent / self.ids[i]
 
-    def annotation_files(self) -> list[Path]:
+    def annotation_files(self) -> list[Path]:  # pictures too: one's own are replaced under the same name
         masks = sorted({name for own in self._rows.values() for names in own.values() for name in names})
-        return [self.file, *(self.file.parent / name for name in masks)]
+        return [self.file, *(self.file.parent / name for name in [*self.ids, *masks])]
 
     def image(self, i: int) -> np.ndarray:
         return load_image(self.picture_path(i))

@@ -112,6 +112,12 @@ def test_zip_members_stay_in_their_folder(publisher, tmp_path):
     assert not (tmp_path / "out.json").exists()
 
 
+def test_evaluation_of_all_without_data_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIPSEG_REPRO_DATA", str(tmp_path / "none"))
+    refused = CliRunner().invoke(app, ["evaluate", "mini", "--all", "--scale", "paper"])
+    assert refused.exit_code == 2 and "data list --scale paper" in refused.output
+
+
 def test_what_no_program_can_fetch_names_the_steps_and_the_place(run, tmp_path):
     refused = run("fetch", "fss-1000")
     assert refused.exit_code == 2
