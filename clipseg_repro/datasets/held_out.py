@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from clipseg_repro.datasets.episodes import FOLDS, pascal_fold
+from clipseg_repro.datasets import coco
+from clipseg_repro.datasets.episodes import FOLDS, coco_fold, pascal_fold
 from clipseg_repro.datasets.phrasecut import mentions_property
 from clipseg_repro.datasets.voc import CLASSES
 from clipseg_repro.downloads import download
@@ -95,9 +96,13 @@ def held_out(key: str) -> tuple[str, ...]:
 
 
 def remover(key: str, words: Words) -> Callable[[str], bool]:
-    """Whether a phrase must go; for `PhraseCut(remove=...)`. key: as in `held_out`, or "properties" (Table 8)."""
+    """Whether a phrase must go; for `PhraseCutPlus(remove=...)`. key: as in `held_out`, "properties" (Table 8)
+    or "coco-20i-0" and so on, whose classes go by the names that they have in training (Table 6)."""
     if key == "properties":
         return mentions_property
+    if key.startswith("coco-20i-"):
+        names = list(coco.THINGS.values())
+        return {names[c] for c in coco_fold(int(key.rpartition("-")[2]))}.__contains__
     return mentions({lemma for name in held_out(key) for lemma in words.lemmas(name)}, words.base)
 
 

@@ -7,7 +7,6 @@ The table of images may also be called image_data_split.json, as the official sc
 The official data and the mini world's are read by the same code. Annotations are checked as they are read.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from clipseg_repro.datasets.phrasecut_files import REMEDY, SPLITS
 from clipseg_repro.datasets.sample import Sample
 from clipseg_repro.errors import InputError
 from clipseg_repro.files import fingerprint
-from clipseg_repro.prompts import TRAIN_TEMPLATES, VisualPrompt
+from clipseg_repro.prompts import DEFAULT_RECIPE, TRAIN_TEMPLATES, VisualPrompt
 
 # Words that would show the decoder the prompts of Table 8 (released loader).
 PROPERTY_WORDS = frozenset(
@@ -35,7 +34,7 @@ CROP_TRIES, CROP_SHARE = 50, 0.05
 
 
 def mentions_property(phrase: str) -> bool:
-    """Whether a phrase has one of the words of Table 8's prompts; for `PhraseCut(remove=...)`."""
+    """Whether a phrase has one of the words of Table 8's prompts; for `PhraseCutPlus(remove=...)`."""
     return not PROPERTY_WORDS.isdisjoint(phrase.split(" "))
 
 
@@ -147,21 +146,17 @@ class Samples(ABC):
 class PhraseCut(Samples):
     """One split of PhraseCut: item i is the `Sample` of one phrase, the whole image with the union of its polygons.
 
-    root: the folder that holds `VGPhraseCut_v0`, or that folder. remove: phrases for which it returns True are left out
-    (`mentions_property` for Table 8). Samples are in order of image id, then as in the file. Raises one InputError
-    that names everything wrong with the annotations, and one for an unknown split.
+    root: the folder that holds `VGPhraseCut_v0`, or that folder. Samples are in order of image id, then as in the file.
+    Raises one InputError that names everything wrong with the annotations, and one for an unknown split.
     """
 
-    def __init__(self, root: str | Path, split: str, remove: Callable[[str], bool] | None = None):
+    def __init__(self, root: str | Path, split: str):
         if split not in SPLITS:
             raise InputError(f"unknown PhraseCut split '{split}': choose one of {', '.join(SPLITS)}")
         self.split = split
         self.folder, problems = phrasecut_files.find(root), Problems()
         images = phrasecut_files.read_images(self.folder, problems)
         tasks = phrasecut_files.read_tasks(self.folder, split, problems)
-        self._reduced = remove is not None
-        if remove:
-            tasks = [task for task in tasks if not remove(task["phrase"])]
         self._tasks = tasks = phrasecut_files.used_tasks(tasks, split, images, problems)
         self._sizes = {t["image_id"]: phrasecut_files.image_size(images[t["image_id"]]) for t in tasks}
         names = phrasecut_files.read_names(self.folder, self._sizes, problems)
@@ -185,9 +180,7 @@ class PhraseCut(Samples):
         return self._mask(view.sample)[view.window]
 
     def fingerprint(self) -> str | None:
-        whole = fingerprint(self.folder)
-        left = "".join(task["task_id"] for task in self._tasks)
-        return hashlib.sha256(f"{whole} {left}".encode()).hexdigest() if self._reduced else whole
+        return fingerprint(self.folder)
 
     def check_pictures(self):
         problems, images = Problems(), self.folder / "images"
@@ -220,7 +213,7 @@ class TrainingSample:
 
     mask: what is right in `view`, (S, S) uint8 of 0 and 1 (of any shape without cropping); all 0 for a negative and for
     an object that the crop leaves out. text: the phrase in its template. supported: the view that is the example; None
-    if the phrase is unique, text_weight is 1 then.
+    if the phrase is unique, text_weight is 1 then. recipe: how the example is shown.
     """
 
     dataset: PhraseCut
@@ -230,6 +223,7 @@ class TrainingSample:
     text: str
     supported: View | None
     text_weight: float
+    recipe: str = DEFAULT_RECIPE
 
     @property
     def image(self) -> np.ndarray:
@@ -240,7 +234,7 @@ class TrainingSample:
     def support(self) -> VisualPrompt | None:
         """The example, read when it is asked for."""
         view = self.supported
-        return view and VisualPrompt(self.dataset.picture(view), self.dataset.mask(view) > 0)
+        return view and VisualPrompt(self.dataset.picture(view), self.dataset.mask(view) > 0, self.recipe)
 
 
 class PhraseCutPlus:
@@ -253,7 +247,8 @@ class PhraseCutPlus:
     included, with a crop of its own. `crop_once`: every image has one crop, around all its objects, and every support
     one, whatever seed and epoch, so that what a frozen backbone makes of them can be kept. text_weight: range of the
     uniform text weight; (0, 1) in the paper, (0, 0.5) in the released experiment files; (0, 0) leaves out the samples
-    and the negatives whose phrase no other sample has (`only_visual` in the released code).
+    and the negatives whose phrase no other sample has (`only_visual` in the released code). remove: neither samples nor
+    negatives have a phrase for which it is true (`datasets.held_out`); crops are drawn as if they had.
     """
 
     def __init__(
@@ -266,6 +261,8 @@ class PhraseCutPlus:
         visual: bool = True,
         phrases_per_image: int = 1,
         crop_once: bool = False,
+        recipe: str = DEFAULT_RECIPE,
+        remove: Callable[[str], bool] | None = None,
         seed: int = 0,
     ):
         low, high = text_weight
@@ -275,9 +272,10 @@ class PhraseCutPlus:
             raise InputError(f"text_weight = ({low}, {high}): give 0 <= low <= high <= 1")
         self.dataset, self.negative, self.text_weight = dataset, negative, (low, high)
         self.templates, self.crop, self.visual, self.seed = tuple(templates), crop, visual, seed
-        self.phrases_per_image, self.crop_once = phrases_per_image, crop_once
+        self.phrases_per_image, self.crop_once, self.recipe = phrases_per_image, crop_once, recipe
         least = 2 if visual and high == 0 else 1
-        self._phrases = sorted(p for p, samples in dataset.by_phrase.items() if len(samples) >= least)
+        left = {p: samples for p, samples in dataset.by_phrase.items() if not (remove and remove(p))}
+        self._phrases = sorted(p for p, samples in left.items() if len(samples) >= least)
         needed = 2 if negative else 1  # a negative's phrase is another one
         if len(self._phrases) < needed:
             shared = " that two samples share" if least == 2 else ""
@@ -301,7 +299,7 @@ class PhraseCutPlus:
         epoch, i = key
         rng = np.random.default_rng([self.seed, epoch, i])
         own = self._by_image[self.dataset.image_id(i)]
-        window = self._window(own if self.crop_once else [i], rng)
+        window = self._window(self.dataset.by_image[self.dataset.image_id(i)] if self.crop_once else [i], rng)
         more = rng.choice(own, self.phrases_per_image - 1)
         return [self._draw(View(int(j), window), rng) for j in (i, *more)]
 
@@ -323,7 +321,8 @@ class PhraseCutPlus:
         text = self.templates[rng.integers(len(self.templates))].format(phrase)
         weight = rng.uniform(*self.text_weight)
         supported = self._support(phrase, rng) if self.visual else None
-        return TrainingSample(self.dataset, view, mask, phrase, text, supported, weight if supported else 1.0)
+        weight = weight if supported else 1.0
+        return TrainingSample(self.dataset, view, mask, phrase, text, supported, weight, self.recipe)
 
     def _support(self, phrase: str, rng: np.random.Generator) -> View | None:
         candidates = self.dataset.by_phrase[phrase]

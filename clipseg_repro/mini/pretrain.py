@@ -45,7 +45,7 @@ from clipseg_repro.models.forward import encode
 from clipseg_repro.models.loading import load_model
 from clipseg_repro.models.variants import backbone
 from clipseg_repro.prompts import IMAGENET_MEAN, IMAGENET_STD, RELEASED_SIZE, TRAIN_TEMPLATES
-from clipseg_repro.training.loop import fast_attention, fit
+from clipseg_repro.training.loop import fast_attention, fit, loader_workers
 from clipseg_repro.training.muon import Muon
 
 POOLING = 10.0  # sharpness of the soft maximum over patches: cosines that differ by 0.1 weigh 1 : e
@@ -304,7 +304,8 @@ def _run_cycle(name, folder: Path, cycle: Cycle, seed: int, model, optimiser, lo
 
     def batches(first: int):
         order = range(first * size, len(scenes))
-        return DataLoader(scenes, size, sampler=order, collate_fn=collate, num_workers=1, prefetch_factor=8)
+        workers = loader_workers()
+        return DataLoader(scenes, size, sampler=order, collate_fn=collate, num_workers=workers, prefetch_factor=8)
 
     def step(i: int, batch) -> dict[str, torch.Tensor]:
         for key, o in optimiser.items():

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipseg_repro.datasets.class_phrases import ClassPhrases
 from clipseg_repro.datasets.coco import COCO
-from clipseg_repro.datasets.episodes import coco_fold
 from clipseg_repro.datasets.held_out import Words, remover
 from clipseg_repro.datasets.lvis import LVIS
 from clipseg_repro.datasets.own import Own, splits
@@ -28,7 +27,7 @@ from clipseg_repro.models.variants import adapted, backbone
 from clipseg_repro.prompts import prepare, to_pixels
 from clipseg_repro.segmenter import Segmenter
 from clipseg_repro.training.kept import Kept, frozen_key
-from clipseg_repro.training.loop import fast_attention, fit, writing
+from clipseg_repro.training.loop import fast_attention, fit, loader_workers, writing
 
 AT_ONCE = 12  # prompts whose gradients a CPU computes together: more do not stay in its cache
 ALIGN_ON = 64  # training images that `align_film` looks at
@@ -120,20 +119,16 @@ def mixed(texts: torch.Tensor, examples: torch.Tensor | None, batch: Batch) -> t
     return weights * texts + (1 - weights) * visual
 
 
-def samples(dataset: str, root: Path, split: str, held: str | None = None, words: Words | None = None) -> Samples:
-    """The samples of a split (train or val) that a run of experiments.yaml asks for; `held`: its `held_out`.
+def samples(dataset: str, root: Path, split: str) -> Samples:
+    """The samples of a split (train or val) of the data set that a run of experiments.yaml asks for.
 
     root: the folder of the data set, or a CSV of one's own, all of whose rows are taken where it has no such split.
     """
     if str(root).endswith(".csv"):
         return ClassPhrases(Own(root, split if split in splits(root) else None))
     if dataset == "phrasecut":
-        return PhraseCut(root, split, remover(held, words) if held else None)
-    if dataset == "lvis":
-        return ClassPhrases(LVIS(root, split))
-    data = COCO(root, f"{split}2014")
-    left_out = coco_fold(int(held.rpartition("-")[2])) if held else ()
-    return ClassPhrases(data, set(range(len(data.classes))) - set(left_out))
+        return PhraseCut(root, split)
+    return ClassPhrases(LVIS(root, split) if dataset == "lvis" else COCO(root, f"{split}2014"))
 
 
 def train(
@@ -167,26 +162,32 @@ def train(
     pretrained = settings["pretrained"]
     # this processor is saved as it is: tokenizing leaves its padding in the other
     model, untouched = load_model(source, pretrained=pretrained)
-    model = adapted(model, settings["model"])
     frozen, processor = load_model(source, pretrained=pretrained)  # what no gradient reaches, as fast as can be
-    frozen = adapted(frozen, settings["model"]).to(device, dtype)
+    for each in (model, frozen):
+        each.config.extract_layers = settings["layers"] or each.config.extract_layers
+    model, frozen = adapted(model, settings["model"]), adapted(frozen, settings["model"]).to(device, dtype)
     if settings["start"] == "fresh":
+        model.config.use_complex_transposed_convolution = settings["refined_head"]
         model = fresh_decoder(model, settings["reduce_dim"], seed)
     model = model.to(device).requires_grad_(False)
     model.decoder.requires_grad_(True).train()
     wanted = settings["dataset"], root
     data = PhraseCutPlus(
-        samples(*wanted, "train", settings["held_out"], words),
+        samples(*wanted, "train"),
         settings["negative"],
         tuple(settings["text_weight"]),
         visual=settings["visual"],
         phrases_per_image=settings["phrases_per_image"],
         crop_once=settings["crop_once"],
+        recipe=settings["recipe"],
+        remove=remover(settings["held_out"], words) if settings["held_out"] else None,
         seed=seed,
     )
-    keep = keep / frozen_key(frozen, processor, data.dataset) if keep and settings["crop_once"] else None
-    images = Kept(keep and keep / "images", len(data.dataset.by_image))
-    examples = Kept(keep and keep / "examples", len(data.dataset), np.float32)
+    key = frozen_key(frozen, processor, data.dataset)
+    keep = keep / key if keep and settings["crop_once"] else None
+    layers, recipe = "-".join(map(str, frozen.config.extract_layers)), settings["recipe"]
+    images = Kept(keep and keep / f"images, layers {layers}", len(data.dataset.by_image))
+    examples = Kept(keep and keep / f"examples, {recipe}", len(data.dataset), np.float32)
     val = samples(*wanted, "val")
     optimiser = torch.optim.AdamW(model.decoder.parameters(), lr=settings["learning_rate"])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, settings["final_learning_rate"])
@@ -213,7 +214,7 @@ def train(
             draws,
             crops,
             sampler=range(first * crops, steps * crops),
-            num_workers=1,
+            num_workers=loader_workers(),
             collate_fn=collate,
             prefetch_factor=4,
         )

@@ -12,7 +12,8 @@ from clipseg_repro.datasets.phrasecut import Samples
 
 
 def frozen_key(model, processor, data: Samples) -> str:
-    """A name for all that the outputs of a model's backbone depend on: weights, precision, preparation, data."""
+    """A name for what the outputs of a model's backbone depend on: weights, precision, preparation, data; not which
+    layers are read nor how examples are shown, which name the folders within."""
     digest = hashlib.sha256(f"{data.fingerprint()} {processor.image_processor.to_json_string()}".encode())
     for name, value in sorted(model.state_dict().items()):
         if not name.startswith("decoder."):

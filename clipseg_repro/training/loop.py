@@ -145,6 +145,11 @@ def _write_curve(curve: list[dict], folder: Path):
         pd.DataFrame(curve).to_csv(temporary, index=False)
 
 
+def loader_workers() -> int:
+    """Processes that read and draw while the model trains. What they make does not depend on how many there are."""
+    return max(1, min(8, torch.get_num_threads() // 2))
+
+
 def _keep_freed_memory():
     """Have glibc keep all freed blocks, where `models.forward.keep_freed_memory` keeps those of up to 32 MB: handed
     back, every activation is paged in anew, a third of a step's time."""
