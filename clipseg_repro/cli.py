@@ -239,14 +239,15 @@ def train(
         typer.Option("--data", help="A CSV of your own (image,mask,phrase[,split]) to train on; for fine-tune."),
     ] = None,
 ):
-    """Train a model, saved in results/training/RUN with its curve and checkpoint; goes on where it was stopped."""
+    """Train a model, saved in results/training/RUN (RUN-seed1 ...) with its curve and checkpoint; goes on where it was
+    stopped."""
     from clipseg_repro.datasets.catalogue import CATALOGUE
     from clipseg_repro.mini.pretrain_backbones import PRETRAINING
     from clipseg_repro.training import experiments
     from clipseg_repro.training import train as train_decoder
 
     chosen = get_scale(scale)
-    folder = chosen.results / "training" / run
+    folder = chosen.run_folder(run, seed)
     if run in PRETRAINING:
         if steps or (source and run != "mini-clip"):
             raise InputError(
@@ -264,7 +265,7 @@ def train(
             raise InputError("fine-tune and --data FILE.csv belong together: name the run fine-tune, and your table")
         if not own:
             chosen.prepare(settings["dataset"])
-        budget = ({} if own else chosen.training) | ({"iterations": steps} if steps else {})
+        budget = ({"iterations": steps} if steps else {}) if own else chosen.budget(settings, steps)
         root = own or chosen.data / CATALOGUE[settings["dataset"]].folder
         keep = data_root() / "activations"
         train_decoder(run, root, folder, source=source, seed=seed, keep=keep, words=chosen.words(), **budget)
@@ -310,7 +311,7 @@ def evaluate(
         advice = f"clipseg-repro data list --scale {scale} shows what is missing"
         raise InputError(f"no data set in '{chosen.data}': {advice}")
     segmenter = load_segmenter(source or chosen.model, dtype="float32")
-    budget = benchmarks.Budget(limit, chosen.episodes, chosen.seed, chosen.unfinished)
+    budget = benchmarks.Budget(limit, chosen.episodes, chosen.images, chosen.seed, chosen.unfinished)
     sheet = pd.concat([benchmarks.evaluate(segmenter, name, chosen.data, budget) for name in names])
     if state.is_main_process:
         typer.echo(sheet.round(1).to_string(index=False))

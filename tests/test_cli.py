@@ -171,7 +171,7 @@ def test_train_passes_on_the_scale_and_the_budget(run, files, monkeypatch):
     monkeypatch.setattr("clipseg_repro.study.scales.Scale.prepare", lambda self, *needed: None)
     monkeypatch.setattr("clipseg_repro.training.train", lambda *a, **k: given.update(arguments=a, **k))
     assert run("train", "clipseg-pc", "--steps", 5, "--seed", 3).exit_code == 0
-    folders = (files / "data/mini/PhraseCut/VGPhraseCut_v0", files / "results/training/clipseg-pc")
+    folders = (files / "data/mini/PhraseCut/VGPhraseCut_v0", files / "results/training/clipseg-pc-seed3")
     asked = {"arguments": ("clipseg-pc", *folders), "source": "mini", "iterations": 5, "seed": 3}
     asked["keep"] = files / "data/activations"
     assert given.pop("words").lemmas("sofa")

@@ -151,7 +151,7 @@ def _write_chunks(folder: Path, seed: int, splits: dict[str, int], workers: int)
                 bar.update(_write_chunk(folder, seed, split, first, last))
             return
         context = multiprocessing.get_context("spawn")  # a forked copy of a process that runs torch can hang
-        with ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker) as pool:
+        with ProcessPoolExecutor(min(workers, len(todo)), context, start_worker) as pool:
             futures = [pool.submit(_write_chunk, folder, seed, *chunk) for chunk in todo]
             try:
                 for future in as_completed(futures):
@@ -161,7 +161,7 @@ def _write_chunks(folder: Path, seed: int, splits: dict[str, int], workers: int)
                 raise
 
 
-def _start_worker():
+def start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends the pool; chunks in work are finished
     cv2.setNumThreads(1)
     threading.Thread(target=_follow_parent, daemon=True).start()

@@ -42,9 +42,12 @@ class Scale:
     results: Path
     live: dict  # what changes besides `training` in the run that a notebook shows live: seconds on a laptop
     training: dict = field(default_factory=dict)  # what this scale's budget changes in every run of experiments.yaml
+    pace: float = 1.0  # share of a run's iterations that the budget allows
+    layers: dict[int, int] = field(default_factory=dict)  # which of this scale's layers stand for which of the paper's
     # What a run starts from whose model is not made from `model`'s CLIP: a Hub id, or a folder that another run makes.
     sources: dict[str, str | Path] = field(default_factory=dict)
     episodes: int = 1000  # of each fold of COCO-20i
+    images: dict[str, int] = field(default_factory=dict)  # of PhraseCut's test split, by the prompts; all where none
     seed: int = 0
     build: Callable[[Path, int], None] | None = None  # writes all data sets into `data`; None: the user fetches them
 
@@ -78,6 +81,17 @@ class Scale:
                     f"clipseg-repro data check {name} --scale {self.name}"
                 )
 
+    def budget(self, settings: dict, steps: int | None = None) -> dict:
+        """What this scale changes in a run of those settings (`training.experiments`); `steps` instead of its own."""
+        changed = self.training | {"iterations": steps or round(self.pace * settings["iterations"])}
+        if settings["layers"]:
+            changed["layers"] = [self.layers.get(layer, layer) for layer in settings["layers"]]
+        return changed
+
+    def run_folder(self, run: str, seed: int = 0) -> Path:
+        """Where a training run's checkpoint, curve and model are."""
+        return self.results / "training" / (f"{run}-seed{seed}" if seed else run)
+
     def source(self, model: str) -> str:
         """What `training.train` starts a run of that `model` from (the key of experiments.yaml).
 
@@ -99,8 +113,10 @@ SCALES = {
         results=Path("."),
         live={"iterations": 160, "batch": 4, "visual": False},
         episodes=20,
+        images={"text": 500, "visual": 300, "absent": 300},
+        pace=0.12,
+        layers={3: 1, 6: 3, 7: 4, 9: 5},  # of 6
         training={
-            "iterations": 7200,
             "batch": 12,
             "final_learning_rate": 0.0,
             "phrases_per_image": 4,

@@ -30,15 +30,26 @@ from clipseg_repro.training.kept import Kept, frozen_key
 from clipseg_repro.training.loop import fast_attention, fit, loader_workers, writing
 
 AT_ONCE = 12  # prompts whose gradients a CPU computes together: more do not stay in its cache
+# The paper's tables that runs without some classes stand in, by what they are without.
+TABLES = {"unseen": [4], "pascal-5i": [5, 7], "coco-20i": [6], "properties": [8]}
 ALIGN_ON = 64  # training images that `align_film` looks at
 
 
 @cache
 def experiments() -> dict[str, dict]:
-    """All runs of `experiments.yaml` by name, their defaults filled in."""
+    """All runs of `experiments.yaml` by name, their defaults filled in. Raises InputError for a key that has none."""
     table = yaml.safe_load((files(__package__) / "experiments.yaml").read_text(encoding="utf-8"))
-    defaults = table.pop("defaults")
-    return {name: defaults | (own or {}) for name, own in table.items()}
+    defaults, _ = table.pop("defaults"), table.pop("shared")
+    runs = {}
+    for entry, own in table.items():
+        if unknown := set(own) - set(defaults):
+            raise InputError(f"experiments.yaml: '{entry}' has {', '.join(sorted(unknown))}, which has no default")
+        settings = defaults | own
+        keys = settings["held_out"] if isinstance(settings["held_out"], list) else [settings["held_out"]]
+        for key in keys:
+            tables = TABLES[key.rstrip("-0123456789")] if key else settings["tables"]
+            runs[f"{entry}-{key}" if key else entry] = settings | {"held_out": key, "tables": tables}
+    return runs
 
 
 @dataclass
@@ -146,8 +157,8 @@ def train(
     fresh one, but for a run that says `start: source`.
 
     `source` gives CLIP, or whatever backbone the run's model has (its decoder is replaced). `budget` overrides settings
-    of the run, as `Scale.training` does. `keep`: a folder for what the frozen backbone makes of the pictures, where the
-    run crops them once (`crop_once`); runs on the same backbone share it. Progress, curve and checkpoint are
+    of the run, as `Scale.budget` gives them. `keep`: a folder for what the frozen backbone makes of the pictures, where
+    the run crops them once (`crop_once`); runs on the same backbone share it. Progress, curve and checkpoint are
     `loop.fit`'s, in `folder`: a killed run resumes exactly. `validate_on`: images of the val split in the curve.
     `words`: what held-out classes are called, for runs that leave some out.
     Returns the trained Segmenter. Raises InputError for an unknown run and for a source of another kind of model.
@@ -155,6 +166,7 @@ def train(
     if run not in experiments():
         raise InputError(f"unknown run '{run}': choose one of {', '.join(experiments())}")
     settings = experiments()[run] | budget | {"run": run, "seed": seed}
+    settings = {key: value for key, value in settings.items() if key not in ("method", "tables")}
     steps = settings["iterations"]
     device = PartialState().device
     dtype = fast_dtype(device)

@@ -114,10 +114,14 @@ def test_rasterise_is_polygon2mask():
 def test_words_of_table_8_are_removed(official):
     assert mentions_property("wheel of a car")
     assert not mentions_property("wheelchair")
-    dataset = PhraseCut(official, "test", remove=mentions_property)
-    assert dataset.phrases == ["dog", "black dog", "black dog"]
-    with pytest.raises(InputError, match="no phrase is left in split 'test'"):
-        PhraseCut(official, "test", remove=lambda phrase: True)
+    dataset = PhraseCut(official, "test")
+    whole, less = (PhraseCutPlus(dataset, negative=0.5, crop_once=True, remove=r) for r in (None, mentions_property))
+    assert set(dataset.phrases) - set(less._phrases) == {"dog left of the wheel"} and len(less) == len(whole) - 1
+    drawn = [sample for n in range(30) for sample in less[less.key(n)]]
+    assert {sample.phrase for sample in drawn} == {"dog", "black dog"}  # nor as a negative
+    assert whole[whole.key(0)][0].view.window == less[(0, whole.key(0)[1])][0].view.window  # what is kept is shared
+    with pytest.raises(InputError, match="the data have 0 phrase"):
+        PhraseCutPlus(dataset, remove=lambda phrase: True)
 
 
 def test_visual_support_is_another_sample_of_the_phrase(official):

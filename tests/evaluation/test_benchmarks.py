@@ -27,8 +27,8 @@ from clipseg_repro.mini import replicas
 from clipseg_repro.prompts import VisualPrompt
 from clipseg_repro.segmenter import load_segmenter
 
-SMALL = {"voc": {"train": 2, "val": 24}, "context": {"train": 2, "val": 3}, "coco": {"train2014": 2, "val2014": 40}}
-SMALL |= {"val2017": 8, "stuff": 3, "fss": 2, "own": {"train": 3, "val": 2}}
+SMALL = {"voc": {"train": 2, "val": 24}, "context": {"train": 2, "val": 3}, "stuff": 3, "fss": 2}
+SMALL |= {"coco": {"train2014": 2, "val2014": 40, "val2017": 8}, "own": {"train": 3, "val": 2}}
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,9 @@
 """Decoder training: exact resume, what it leaves alone, and its conditions."""
 
+from importlib.resources import files
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -18,8 +21,26 @@ class Killed(Exception):
 def test_experiments_are_the_papers():
     runs = experiments()
     assert runs["clipseg-pc+"]["visual"] and runs["clipseg-pc+"]["negative"] == 0.2
-    fresh = [run for run in runs.values() if run["start"] == "fresh"]
-    assert all(run["iterations"] == 20_000 and run["batch"] == 64 for run in fresh) and len(fresh) == len(runs) - 1
+    longer = {name: run["iterations"] for name, run in runs.items() if run["iterations"] != 20_000}
+    assert longer.pop("fine-tune") == 300 and longer.pop("clipseg-pc+-refined") == 50_000
+    assert set(longer.values()) == {7_000} and all("coco-20i-" in name for name in longer)
+    reported = pd.read_csv(files("clipseg_repro.study") / "reported_results.csv")
+    for table, rows in reported[~reported.setting.fillna("").str.contains("cited")].groupby("table"):
+        if table != "T2":  # every row of the authors' own models has its runs
+            ours = {run["method"] for run in runs.values() if int(table[1:]) in run["tables"]}
+            assert set(rows.method) <= ours | ({"CLIP-Deconv"} if table == "T8" else set()), table
+
+
+def test_a_run_per_held_out_key():
+    folds = [experiments()[f"vitseg-mixed-pascal-5i-{fold}"] for fold in range(4)]
+    assert [fold["held_out"] for fold in folds] == [f"pascal-5i-{fold}" for fold in range(4)]
+    assert all(fold["tables"] == [5, 7] and fold["model"] == "vitseg" for fold in folds)
+
+
+def test_an_unknown_key_of_a_run_is_an_error(monkeypatch):
+    monkeypatch.setattr(decoders.yaml, "safe_load", lambda _: {"defaults": {}, "shared": {}, "mine": {"itertions": 1}})
+    with pytest.raises(InputError, match="'mine' has itertions, which has no default"):
+        experiments.__wrapped__()
 
 
 @pytest.fixture
