@@ -241,10 +241,9 @@ def train(
 ):
     """Train a model, saved in results/training/RUN (RUN-seed1 ...) with its curve and checkpoint; goes on where it was
     stopped."""
-    from clipseg_repro.datasets.catalogue import CATALOGUE
     from clipseg_repro.mini.pretrain_backbones import PRETRAINING
+    from clipseg_repro.study.queue import train_run
     from clipseg_repro.training import experiments
-    from clipseg_repro.training import train as train_decoder
 
     chosen = get_scale(scale)
     folder = chosen.run_folder(run, seed)
@@ -259,17 +258,29 @@ def train(
         if run not in experiments():  # before the data are built
             known = [*PRETRAINING, *experiments()]
             raise InputError(f"unknown run '{run}': choose one of {', '.join(known)}")
-        settings = experiments()[run]
-        source = source or chosen.source(settings["model"])  # likewise
-        if (settings["start"] == "source") != (own is not None):
+        if (experiments()[run]["start"] == "source") != (own is not None):
             raise InputError("fine-tune and --data FILE.csv belong together: name the run fine-tune, and your table")
-        if not own:
-            chosen.prepare(settings["dataset"])
-        budget = ({"iterations": steps} if steps else {}) if own else chosen.budget(settings, steps)
-        root = own or chosen.data / CATALOGUE[settings["dataset"]].folder
-        keep = data_root() / "activations"
-        train_decoder(run, root, folder, source=source, seed=seed, keep=keep, words=chosen.words(), **budget)
+        train_run(run, chosen, seed, steps, source, own)
     typer.echo(f"The model is in {folder / 'model'}")
+
+
+@app.command()
+def study(
+    runs: Annotated[list[str] | None, typer.Argument(help="Only these runs of experiments.yaml.")] = None,
+    scale: ScaleOption = ScaleName.mini,
+    status: Annotated[bool, typer.Option("--status", help="Show what is measured, trained and left.")] = False,
+):
+    """Train and measure all that the paper's tables need; goes on where it was stopped. Hours."""
+    from clipseg_repro.study import queue
+
+    chosen = get_scale(scale)
+    if unknown := [run for run in runs or () if run not in {run for run, _ in queue.queue()}]:
+        raise InputError(f"no table needs a run '{unknown[0]}': clipseg-repro study --status lists those that one does")
+    if not status:
+        queue.study(chosen, runs or ())
+    found = queue.status(chosen)
+    typer.echo(found.to_string(index=False))
+    typer.echo(", ".join(f"{count} {state}" for state, count in found.state.value_counts().items()))
 
 
 @app.command()

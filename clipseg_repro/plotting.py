@@ -190,6 +190,32 @@ def bars(frame, label, ys, xlabel=None):
         return _closed(figure)
 
 
+def forest(frame, label, y, other=None, xlabel=None):
+    """A forest plot: one row per row of a table, the value `y` with its interval (columns low and high) as a point with
+    whiskers, about zero; the column `other`, where given, as hollow diamonds. Intervals that hold zero are grey."""
+    _check_columns(frame, [label, y, "low", "high", *([other] if other else [])], "forest")
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=(0.85 * WIDTH, 0.8 + 0.27 * len(frame)))
+        where = np.arange(len(frame))
+        told = (frame.low > 0) | (frame.high < 0)
+        for chosen, colour, name in ((told, OKABE_ITO["blue"], y), (~told, "0.55", f"{y}, zero in the interval")):
+            own, place = frame[chosen], where[chosen]
+            whiskers = np.stack([own[y] - own.low, own.high - own[y]]).clip(0)
+            if len(own):
+                axis.errorbar(own[y], place, xerr=whiskers, fmt="o", color=colour, capsize=3, markersize=5, label=name)
+        if other:
+            marks = {"marker": "D", "facecolors": "none", "edgecolors": OKABE_ITO["vermillion"], "label": other}
+            axis.scatter(frame[other], where, **marks, zorder=3)
+        axis.set_yticks(where, [textwrap.fill(str(text), 60) for text in frame[label]])
+        axis.set_ylim(len(frame) - 0.5, -0.5)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_xlabel(xlabel or "")
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_axisbelow(True)
+        _legend(axis, 3)
+        return _closed(figure)
+
+
 def _image_and_map(image, probability):
     """The image as (H, W, 3) uint8 and the map as (H, W) array in [0, 1]."""
     image, values = load_image(image), np.asarray(probability)

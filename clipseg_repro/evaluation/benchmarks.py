@@ -1,7 +1,7 @@
 """Every benchmark of the study by name, as rows of one results sheet: `clipseg-repro evaluate MODEL --all`."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
@@ -26,12 +26,12 @@ COLUMNS = ["benchmark", "table", "protocol", "metric", "value", "low", "high", "
 
 @dataclass(frozen=True)
 class Budget:
-    """limit: pictures, or episodes per fold, at most. episodes: drawn per fold of COCO-20i. images: of PhraseCut, by
-    the prompts; all where none are given. keep: as in `per_image.measure`."""
+    """limit: pictures, or episodes per fold, at most. episodes: drawn per fold of COCO-20i. images: of PhraseCut at
+    most; all if none. keep: as in `per_image.measure`."""
 
     limit: int | None = None
     episodes: int = 1000
-    images: dict[str, int] = field(default_factory=dict)
+    images: int | None = None
     seed: int = 0
     keep: Path | None = None
 
@@ -76,7 +76,7 @@ def _figures(protocol: str, figures: dict, n: int, keys=("miou", "iou_bin", "ap"
 
 def _referring(segmenter, data, budget):
     for prompts in ("text", "visual") if data.supported else ("text",):
-        limit = budget.limit or budget.images.get(prompts)
+        limit = budget.limit or budget.images
         result = phrasecut(segmenter, data, prompts, limit=limit, seed=budget.seed, keep=budget.keep)
         for threshold in (0.3, None):
             figures = result.table(threshold).iloc[0].to_dict()

@@ -47,7 +47,7 @@ class Scale:
     # What a run starts from whose model is not made from `model`'s CLIP: a Hub id, or a folder that another run makes.
     sources: dict[str, str | Path] = field(default_factory=dict)
     episodes: int = 1000  # of each fold of COCO-20i
-    images: dict[str, int] = field(default_factory=dict)  # of PhraseCut's test split, by the prompts; all where none
+    images: int | None = None  # of PhraseCut's test split, for the tables; all if none
     seed: int = 0
     build: Callable[[Path, int], None] | None = None  # writes all data sets into `data`; None: the user fetches them
 
@@ -113,7 +113,7 @@ SCALES = {
         results=Path("."),
         live={"iterations": 160, "batch": 4, "visual": False},
         episodes=20,
-        images={"text": 500, "visual": 300, "absent": 300},
+        images=200,
         pace=0.12,
         layers={3: 1, 6: 3, 7: 4, 9: 5},  # of 6
         training={

@@ -171,16 +171,10 @@ def train(
     device = PartialState().device
     dtype = fast_dtype(device)
     accelerator = Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
-    pretrained = settings["pretrained"]
     # this processor is saved as it is: tokenizing leaves its padding in the other
-    model, untouched = load_model(source, pretrained=pretrained)
-    frozen, processor = load_model(source, pretrained=pretrained)  # what no gradient reaches, as fast as can be
-    for each in (model, frozen):
-        each.config.extract_layers = settings["layers"] or each.config.extract_layers
-    model, frozen = adapted(model, settings["model"]), adapted(frozen, settings["model"]).to(device, dtype)
-    if settings["start"] == "fresh":
-        model.config.use_complex_transposed_convolution = settings["refined_head"]
-        model = fresh_decoder(model, settings["reduce_dim"], seed)
+    model, untouched = untrained(settings, source)
+    frozen, processor = untrained(settings, source)  # what no gradient reaches, as fast as can be
+    frozen = frozen.to(device, dtype)
     model = model.to(device).requires_grad_(False)
     model.decoder.requires_grad_(True).train()
     wanted = settings["dataset"], root
@@ -264,6 +258,17 @@ def train(
         model.eval().save_pretrained(Path(folder) / "model")
         untouched.save_pretrained(Path(folder) / "model")
     return Segmenter(model, processor)
+
+
+def untrained(settings: dict, source: str):
+    """(model, processor) that a run of those settings starts from: its backbone from `source`, its decoder fresh."""
+    model, processor = load_model(source, pretrained=settings["pretrained"])
+    model.config.extract_layers = settings["layers"] or model.config.extract_layers
+    model = adapted(model, settings["model"])
+    if settings["start"] == "fresh":
+        model.config.use_complex_transposed_convolution = settings["refined_head"]
+        model = fresh_decoder(model, settings["reduce_dim"], settings["seed"])
+    return model, processor
 
 
 def fresh_decoder(model, reduce_dim: int, seed: int):

@@ -1,0 +1,70 @@
+"""The study's training runs and measurements, one after the other, in an order that can stop and go on."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+from safetensors.torch import load_file
+
+from clipseg_repro.datasets.catalogue import CATALOGUE
+from clipseg_repro.study.measured import decoder_file, keep_decoder, load_run, measure, measured, parts, store
+from clipseg_repro.study.scales import Scale, data_root
+from clipseg_repro.study.tables import SEEDS, claims, rows
+from clipseg_repro.training import experiments, train
+
+
+def queue() -> list[tuple[str, int]]:
+    """(run, seed) of all that the tables need: every run once, then the further seeds of those that claims rest on."""
+    first = [(run, 0) for run, settings in experiments().items() if settings["tables"]]
+    rested = [(claim["table"], claim[side]["method"]) for claim in claims().values() for side in ("larger", "smaller")]
+    again = [run for table in (3, 9) for row in rows(table) if (table, row.method) in rested for run in row.runs]
+    return first + [(run, seed) for seed in SEEDS[1:] for run in dict.fromkeys(again)]
+
+
+def state(run: str, seed: int, scale: Scale) -> str:
+    if set(parts(run)) <= set(measured(run, seed, scale)):
+        return "measured"
+    return "trained" if decoder_file(run, seed, scale).exists() else "left"
+
+
+def status(scale: Scale) -> pd.DataFrame:
+    """A row for every run of the queue: run, seed, state (measured, trained, left)."""
+    found = [(run, seed, state(run, seed, scale)) for run, seed in queue()]
+    return pd.DataFrame(found, columns=["run", "seed", "state"])
+
+
+def study(scale: Scale, only: Iterable[str] = ()):
+    """Train and measure what is missing of the queue, or of `only` some of its runs. Goes on where it was stopped."""
+    for run, seed in queue():
+        if state(run, seed, scale) == "measured" or (only and run not in only):
+            continue
+        if not decoder_file(run, seed, scale).exists():
+            train_run(run, scale, seed)
+        segmenter = load_run(run, seed, scale)
+        for part in parts(run):
+            if part not in measured(run, seed, scale):
+                store(run, seed, part, *measure(segmenter, run, part, scale), scale)
+
+
+def train_run(
+    run: str,
+    scale: Scale,
+    seed: int = 0,
+    steps: int | None = None,
+    source: str | None = None,
+    own: Path | None = None,
+):
+    """Train a run of experiments.yaml in `Scale.run_folder`, and keep its decoder for the study (`measured`).
+
+    steps, source: instead of the scale's. own: a CSV to train on, for fine-tune. Raises InputError as `training.train`.
+    """
+    settings, folder = experiments()[run], scale.run_folder(run, seed)
+    source = source or scale.source(settings["model"])  # before the data are built
+    if not own:
+        scale.prepare(settings["dataset"])
+    budget = ({"iterations": steps} if steps else {}) if own else scale.budget(settings, steps)
+    root = own or scale.data / CATALOGUE[settings["dataset"]].folder
+    keep = data_root() / "activations"
+    train(run, root, folder, source=source, seed=seed, keep=keep, words=scale.words(), **budget)
+    if not own and not steps:
+        keep_decoder(run, seed, scale, load_file(folder / "model" / "model.safetensors"))
