@@ -1,4 +1,4 @@
-# make reproduce | study | test | rehearsal | lab | notebooks | setup. Needs Python >= 3.11 and make; everything goes into .venv and results/.
+# make reproduce | study | readme | test | rehearsal | lab | notebooks | setup. Needs Python >= 3.11 and make; everything goes into .venv and results/.
 PYTHON ?= python3
 BIN := .venv/bin
 TEST_RESULTS := .cache/test-results
@@ -8,7 +8,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # Jupyter's tools look here for kernels first: another environment's may have the same name.
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 
-.PHONY: setup reproduce study test rehearsal lab notebooks
+.PHONY: setup reproduce study readme test rehearsal lab notebooks
 
 setup: .venv/installed
 
@@ -18,6 +18,10 @@ reproduce: setup
 # Trains and measures what the tables still lack; stops and goes on. Hours: results/measured holds what is done.
 study: setup
 	$(BIN)/clipseg-repro study
+
+# The README's table and summary, from results/.
+readme: setup
+	$(BIN)/python -m clipseg_repro.study.front_page README.md
 
 # Notebooks write results when nbval runs them: here into a copy, so that tests change no tracked file.
 test: setup

@@ -169,13 +169,42 @@ def test_train_passes_on_the_scale_and_the_budget(run, files, monkeypatch):
     monkeypatch.delenv("CLIPSEG_REPRO_DATA", raising=False)
     monkeypatch.delenv("CLIPSEG_REPRO_RESULTS", raising=False)
     monkeypatch.setattr("clipseg_repro.study.scales.Scale.prepare", lambda self, *needed: None)
-    monkeypatch.setattr("clipseg_repro.training.train", lambda *a, **k: given.update(arguments=a, **k))
+    monkeypatch.setattr("clipseg_repro.study.queue.train", lambda *a, **k: given.update(arguments=a, **k))
     assert run("train", "clipseg-pc", "--steps", 5, "--seed", 3).exit_code == 0
     folders = (files / "data/mini/PhraseCut/VGPhraseCut_v0", files / "results/training/clipseg-pc-seed3")
     asked = {"arguments": ("clipseg-pc", *folders), "source": "mini", "iterations": 5, "seed": 3}
     asked["keep"] = files / "data/activations"
     assert given.pop("words").lemmas("sofa")
     assert given == SCALES["mini"].training | asked
+
+
+def test_train_takes_a_table_or_goes_on_from_a_model(run, files, monkeypatch):
+    asked = []
+    monkeypatch.setattr("clipseg_repro.study.scales.Scale.prepare", lambda self, *needed: None)
+    monkeypatch.setattr("clipseg_repro.study.queue.train", lambda *a, **k: asked.append((a[0], k)))
+    monkeypatch.setattr("clipseg_repro.study.queue.keep_decoder", lambda *a: None)
+    monkeypatch.setattr("clipseg_repro.study.queue.load_file", lambda path: {})
+    assert run("train", "--table", 6, "--seed", 1).exit_code == 2  # ViTSeg's backbone is not there
+    monkeypatch.setattr("clipseg_repro.study.scales.Scale.source", lambda self, model: model)
+    asked.clear()
+    assert run("train", "--table", 6).exit_code == 0
+    assert len(asked) == 16 and {k["source"] for _, k in asked} == {"clipseg", "clip-deconv", "vitseg"}
+    assert {k["iterations"] for _, k in asked} == {840}
+    assert run("train", "only-layer-3", "--from", "mine").exit_code == 0
+    name, given = asked[-1]
+    assert (name, given["source"], given["start"], given["layers"]) == ("only-layer-3", "mine", "source", [1])
+    assert fails(run("train"), "name a run, as clipseg-pc+, or give --table")
+    assert fails(run("train", "--table", 2), "Table 2 has no run")
+
+
+def test_study_and_tables_of_a_run(run, files):
+    result = run("study", "--status")
+    assert result.exit_code == 0 and "clipseg-pc+-pascal-5i-3     0  left" in result.stdout, result.stdout
+    assert fails(run("study", "clipseg-pcx"), "no table needs a run 'clipseg-pcx'")
+    assert fails(
+        run("evaluate", "clipseg-pc+", "--table", 5), "no decoder", "clipseg-repro train 'clipseg-pc+-pascal-5i-0'"
+    )
+    assert fails(run("evaluate", "d16", "--table", 5), "Table 5 has no run of 'd16'")
 
 
 def test_data_weights_go_to_the_data_folder(run, files, monkeypatch):

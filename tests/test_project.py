@@ -13,6 +13,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from clipseg_repro.errors import InputError
+from clipseg_repro.study.front_page import with_front_page
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 RUNTIME = {canonicalize_name(Requirement(line).name): line for line in PROJECT["dependencies"]}
@@ -126,3 +129,11 @@ def test_readme_lists_every_notebook():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"):
         assert f"`{path.stem}`" in readme
+
+
+def test_the_readmes_table_is_current():
+    """After new results: make readme."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert with_front_page(readme, ROOT / "results") == readme
+    with pytest.raises(InputError, match="lacks the marks"):
+        with_front_page("no marks", ROOT / "results")

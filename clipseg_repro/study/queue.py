@@ -7,6 +7,7 @@ import pandas as pd
 from safetensors.torch import load_file
 
 from clipseg_repro.datasets.catalogue import CATALOGUE
+from clipseg_repro.errors import InputError
 from clipseg_repro.study.measured import decoder_file, keep_decoder, load_run, measure, measured, parts, store
 from clipseg_repro.study.scales import Scale, data_root
 from clipseg_repro.study.tables import SEEDS, claims, rows
@@ -19,6 +20,16 @@ def queue() -> list[tuple[str, int]]:
     rested = [(claim["table"], claim[side]["method"]) for claim in claims().values() for side in ("larger", "smaller")]
     again = [run for table in (3, 9) for row in rows(table) if (table, row.method) in rested for run in row.runs]
     return first + [(run, seed) for seed in SEEDS[1:] for run in dict.fromkeys(again)]
+
+
+def of_table(table: int, entry: str = "") -> list[str]:
+    """The runs that a table needs; of an `entry` of experiments.yaml, with all that it holds out, only its own. Raises
+    InputError where there is none."""
+    found = [run for row in rows(table) for run in row.runs if run == entry or run.startswith(f"{entry}-") or not entry]
+    if not found:
+        own = f" of '{entry}'" if entry else ""
+        raise InputError(f"Table {table} has no run{own}: choose one of the tables 3 to 9, and a run that it has")
+    return list(dict.fromkeys(found))
 
 
 def state(run: str, seed: int, scale: Scale) -> str:
@@ -40,10 +51,15 @@ def study(scale: Scale, only: Iterable[str] = ()):
             continue
         if not decoder_file(run, seed, scale).exists():
             train_run(run, scale, seed)
-        segmenter = load_run(run, seed, scale)
-        for part in parts(run):
-            if part not in measured(run, seed, scale):
-                store(run, seed, part, *measure(segmenter, run, part, scale), scale)
+        measure_run(run, seed, scale)
+
+
+def measure_run(run: str, seed: int, scale: Scale):
+    """Measure and store the parts of a trained run that are missing."""
+    segmenter = load_run(run, seed, scale)
+    for part in parts(run):
+        if part not in measured(run, seed, scale):
+            store(run, seed, part, *measure(segmenter, run, part, scale), scale)
 
 
 def train_run(
@@ -53,18 +69,21 @@ def train_run(
     steps: int | None = None,
     source: str | None = None,
     own: Path | None = None,
+    start: str | None = None,
 ):
     """Train a run of experiments.yaml in `Scale.run_folder`, and keep its decoder for the study (`measured`).
 
-    steps, source: instead of the scale's. own: a CSV to train on, for fine-tune. Raises InputError as `training.train`.
+    steps, source: instead of the scale's. start: a model whose decoder is trained on. own: a CSV to train on, for
+    fine-tune. Raises InputError as `training.train`.
     """
     settings, folder = experiments()[run], scale.run_folder(run, seed)
-    source = source or scale.source(settings["model"])  # before the data are built
+    source = start or source or scale.source(settings["model"])  # before the data are built
     if not own:
         scale.prepare(settings["dataset"])
     budget = ({"iterations": steps} if steps else {}) if own else scale.budget(settings, steps)
+    budget |= {"start": "source"} if start else {}
     root = own or scale.data / CATALOGUE[settings["dataset"]].folder
     keep = data_root() / "activations"
     train(run, root, folder, source=source, seed=seed, keep=keep, words=scale.words(), **budget)
-    if not own and not steps:
+    if not (own or steps or start):
         keep_decoder(run, seed, scale, load_file(folder / "model" / "model.safetensors"))

@@ -58,7 +58,7 @@ class Batch:
 
     queries, supports: pixels (3, S, S) by the row of `Kept` that stands for the picture, None where it is kept.
     rows: (N,) places in `queries`. texts: N. shown: (M,) places in `supports` for the prompts `supported` (M,) in N.
-    weights: (N,) share of the text. masks: (N, S, S) float.
+    weights: (N,) share of the text. masks: (N, S, S) float. samples: N places in the data set.
     """
 
     queries: dict[int, torch.Tensor | None]
@@ -69,6 +69,7 @@ class Batch:
     supported: torch.Tensor
     weights: torch.Tensor
     masks: torch.Tensor
+    samples: tuple[int, ...] = ()
 
 
 class _Draws(Dataset):
@@ -117,6 +118,7 @@ class _Collate:
             supported=torch.tensor(supported, dtype=torch.long),
             weights=torch.tensor([s.text_weight for s in samples]),
             masks=torch.cat([F.interpolate(mask, self.size)[0] for mask in masks]),
+            samples=tuple(s.view.sample for s in samples),
         )
 
 
@@ -168,7 +170,8 @@ def train(
     settings = experiments()[run] | budget | {"run": run, "seed": seed}
     settings = {key: value for key, value in settings.items() if key not in ("method", "tables")}
     steps = settings["iterations"]
-    device = PartialState().device
+    processes = PartialState()
+    device = processes.device
     dtype = fast_dtype(device)
     accelerator = Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
     # this processor is saved as it is: tokenizing leaves its padding in the other
@@ -197,7 +200,9 @@ def train(
     val = samples(*wanted, "val")
     optimiser = torch.optim.AdamW(model.decoder.parameters(), lr=settings["learning_rate"])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, settings["final_learning_rate"])
-    crops = settings["batch"] // settings["phrases_per_image"]
+    crops, shares = settings["batch"] // settings["phrases_per_image"], processes.num_processes
+    if crops % shares:
+        raise InputError(f"a batch of {crops} crops cannot be shared by {shares} processes: start a divisor of it")
     row_of = {image: row for row, image in enumerate(data.dataset.by_image)}
     draws, collate = _Draws(data, steps * crops), _Collate(processor.image_processor, images, examples, row_of)
 
@@ -218,8 +223,8 @@ def train(
     def batches(first: int):
         return DataLoader(
             draws,
-            crops,
-            sampler=range(first * crops, steps * crops),
+            crops // shares,
+            sampler=range(first * crops + processes.process_index, steps * crops, shares),
             num_workers=loader_workers(),
             collate_fn=collate,
             prefetch_factor=4,
@@ -234,9 +239,15 @@ def train(
             with accelerator.autocast():
                 logits = decode(model, [a[rows] for a in seen], condition[part.to(device)])
             masks = batch.masks[part].to(device)
-            loss = F.binary_cross_entropy_with_logits(logits.float(), masks, reduction="sum") / batch.masks.numel()
+            loss = F.binary_cross_entropy_with_logits(logits.float(), masks, reduction="sum")
+            loss = loss / (shares * batch.masks.numel())
             accelerator.backward(loss)
             total += loss.detach()
+        if shares > 1:
+            total = accelerator.reduce(total)
+            for parameter in model.decoder.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = accelerator.reduce(parameter.grad)
         optimiser.step()
         schedule.step()
         optimiser.zero_grad(set_to_none=True)
@@ -255,8 +266,9 @@ def train(
             every=min(250, -(-steps // 4)),  # quarters: a rest of two steps would be all noise
         )
     with writing(folder):
-        model.eval().save_pretrained(Path(folder) / "model")
-        untouched.save_pretrained(Path(folder) / "model")
+        if processes.is_main_process:
+            model.eval().save_pretrained(Path(folder) / "model")
+            untouched.save_pretrained(Path(folder) / "model")
     return Segmenter(model, processor)
 
 

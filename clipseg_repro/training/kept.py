@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.lib.format import open_memmap
 
 from clipseg_repro.datasets.phrasecut import Samples
+from clipseg_repro.files import written_whole
 
 
 def frozen_key(model, processor, data: Samples) -> str:
@@ -24,8 +26,8 @@ def frozen_key(model, processor, data: Samples) -> str:
 class Kept:
     """Rows of tensors, each computed the first time that it is asked for and read from `folder` from then on.
 
-    Rows may be asked for in any order, by runs one after the other; the files hold as much as was asked for (on file
-    systems with sparse files). Without a folder nothing is kept.
+    Rows may be asked for in any order, by runs one after the other or by the processes of one; the files hold as much
+    as was asked for (on file systems with sparse files). Without a folder nothing is kept.
     """
 
     def __init__(self, folder: Path | None, rows: int, dtype=np.float16):
@@ -40,8 +42,13 @@ class Kept:
 
     def _open(self, name: str, shape: tuple[int, ...], dtype) -> np.ndarray:
         path = self.folder / name
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return open_memmap(path, "r+") if path.exists() else open_memmap(path, "w+", dtype, shape)
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / ".lock"):  # of the processes of one run the first makes it
+                if not path.exists():
+                    with written_whole(path) as temporary:
+                        open_memmap(temporary, "w+", dtype, shape)
+        return open_memmap(path, "r+")
 
     def __contains__(self, row: int) -> bool:
         return self.folder is not None and bool(self._done[row])

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import pandas as pd
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -42,11 +43,14 @@ def fit(
     `batches(first)` iterates over the batches from step `first` on, and `step(i, batch)` trains on one and returns its
     losses; both must depend on nothing but the step and `state`, so that a run that was killed and started again gives
     the same weights as one that was not. `settings` are stored with the checkpoint: a folder that holds a run with
-    other settings, or a damaged checkpoint, is refused with an InputError, as is a folder that cannot be written.
+    other settings, or a damaged checkpoint, is refused with an InputError, as is a folder that cannot be written. A
+    loss that is not finite stops the run with an InputError that names the step and the batch's `samples`; the last
+    checkpoint stays. Of several processes (accelerate) the main one validates and writes.
     """
-    folder = Path(folder)
+    folder, main = Path(folder), PartialState().is_main_process
     checkpoint = folder / "checkpoint.pt"
-    sweep(folder)
+    if main:
+        sweep(folder)
     recorded = json.dumps(settings, sort_keys=True)
     first, seconds, curve = _resume(checkpoint, recorded, state, steps)
 
@@ -63,7 +67,8 @@ def fit(
                 torch.save(saved, temporary)
             _write_curve(curve, folder)
 
-    if curve:  # of a run that was killed between the two writes, or whose curve was removed
+    PartialState().wait_for_everyone()  # none writes before all have read
+    if curve and main:  # of a run that was killed between the two writes, or whose curve was removed
         with writing(folder):
             _write_curve(curve, folder)
     started = time.monotonic()
@@ -72,20 +77,28 @@ def fit(
     if first < steps:
         loader = iter(batches(first))
         _keep_freed_memory()  # after the start of loader's workers: theirs would grow to gigabytes
-        with tqdm(total=steps, initial=first, desc=name, unit="step", mininterval=1) as bar:
+        with tqdm(total=steps, initial=first, desc=name, unit="step", mininterval=1, disable=not main or None) as bar:
             for i, batch in zip(range(first, steps), loader):
                 losses = step(i, batch)
+                if not all(value.isfinite() for value in losses.values()):
+                    told = ", ".join(f"{key} is {float(value):g}" for key, value in losses.items())
+                    samples = f" on samples {', '.join(map(str, batch.samples))}" if hasattr(batch, "samples") else ""
+                    raise InputError(
+                        f"{name}, step {i + 1}{samples}: {told}; the last good checkpoint is '{checkpoint}': try a "
+                        "smaller learning rate, or look at those samples"
+                    )
                 for key, value in losses.items():
                     totals[key] = totals.get(key, 0) + value.detach()
                 counted += 1
                 bar.update()
                 if (i + 1) % every == 0 or i + 1 == steps:
                     row = {"step": i + 1, **{k: round(float(v) / counted, 5) for k, v in totals.items()}}
-                    row |= validate() if validate else {}
+                    row |= validate() if validate and main else {}
                     curve.append(row | {"seconds": round(seconds + time.monotonic() - started, 1)})
                     bar.set_postfix({k: v for k, v in row.items() if k != "step"}, refresh=False)
                     totals, counted = {}, 0
-                    save(i + 1)
+                    if main:
+                        save(i + 1)
     return pd.DataFrame(curve)
 
 

@@ -1,5 +1,8 @@
 """Decoder training: exact resume, what it leaves alone, and its conditions."""
 
+import os
+import subprocess
+import sys
 from importlib.resources import files
 
 import numpy as np
@@ -127,3 +130,27 @@ def test_training_on_kept_outputs(tiny_folder, data, tmp_path, monkeypatch, one_
 def test_unknown_run_is_named(data, tmp_path):
     with pytest.raises(InputError, match="unknown run 'clipseg-pcx'"):
         train("clipseg-pcx", data, tmp_path)
+
+
+def test_two_processes_train_what_one_does(tiny_folder, data, tmp_path):
+    """`accelerate launch` with two CPU processes, half the batch each, and one with all of it: the same curve."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom accelerate import PartialState\n"
+        "from clipseg_repro.training import train\n"
+        "PartialState(cpu=True)\n"
+        "budget = {'iterations': 8, 'batch': 8, 'phrases_per_image': 2, 'crop_once': True, 'validate_on': 2}\n"
+        "data, source, out = map(Path, sys.argv[1:])\n"
+        "train('clipseg-pc+', data, out, str(source), keep=out / 'kept', **budget)\n"
+    )
+    curves = []
+    for processes in ("1", "2"):
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes]
+        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command = [*launch, script, data, tiny_folder, tmp_path / processes]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        curves.append(pd.read_csv(tmp_path / processes / "curve.csv"))
+    assert curves[0].loss.tolist() == pytest.approx(curves[1].loss.tolist(), abs=1e-4)
+    one, two = (decoder(tmp_path / processes / "model") for processes in ("1", "2"))
+    assert (one - two).abs().mean() < 1e-4

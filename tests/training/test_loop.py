@@ -52,6 +52,21 @@ def test_killed_run_resumes_to_the_same_weights_and_curve(tmp_path):
     assert not list((tmp_path / "killed").glob(".*"))  # no half-written file is left
 
 
+def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path):
+    class Samples(torch.Tensor):
+        samples = (4, 7)
+
+    def step(i, batch):
+        return {"loss": torch.tensor(float("nan") if i == 4 else 1.0)}
+
+    def batches(first):
+        return iter([torch.zeros(1).as_subclass(Samples)] * (9 - first))
+
+    with pytest.raises(InputError, match=r"line, step 5 on samples 4, 7: loss is nan; the last good checkpoint is "):
+        fit("line", tmp_path, batches, step, 9, {"model": torch.nn.Linear(1, 1)}, {}, every=3)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
+
+
 def test_folder_of_another_run_is_refused(tmp_path):
     run_fit(tmp_path)
     with pytest.raises(InputError, match="other settings"):
