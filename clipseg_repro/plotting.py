@@ -195,7 +195,7 @@ def forest(frame, label, y, other=None, xlabel=None):
     whiskers, about zero; the column `other`, where given, as hollow diamonds. Intervals that hold zero are grey."""
     _check_columns(frame, [label, y, "low", "high", *([other] if other else [])], "forest")
     with plt.rc_context(_STYLE):
-        figure, axis = plt.subplots(figsize=(0.85 * WIDTH, 0.8 + 0.27 * len(frame)))
+        figure, axis = plt.subplots(figsize=(WIDTH, 1.1 + 0.25 * len(frame)))
         where = np.arange(len(frame))
         told = (frame.low > 0) | (frame.high < 0)
         for chosen, colour, name in ((told, OKABE_ITO["blue"], y), (~told, "0.55", f"{y}, zero in the interval")):
@@ -206,13 +206,13 @@ def forest(frame, label, y, other=None, xlabel=None):
         if other:
             marks = {"marker": "D", "facecolors": "none", "edgecolors": OKABE_ITO["vermillion"], "label": other}
             axis.scatter(frame[other], where, **marks, zorder=3)
-        axis.set_yticks(where, [textwrap.fill(str(text), 60) for text in frame[label]])
+        axis.set_yticks(where, [textwrap.fill(str(text), 75) for text in frame[label]])
         axis.set_ylim(len(frame) - 0.5, -0.5)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_xlabel(xlabel or "")
         axis.grid(axis="x", alpha=0.3)
         axis.set_axisbelow(True)
-        _legend(axis, 3)
+        axis.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3)
         return _closed(figure)
 
 
