@@ -22,6 +22,7 @@ from clipseg_repro.study.scales import SCALES
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CLIPSEG_REPRO_RESULTS", raising=False)  # of `make test`: a folder with trained models
     return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
 
 
