@@ -58,6 +58,11 @@ class Scale:
         return self.data / "PhraseCut" / "VGPhraseCut_v0"
 
     @property
+    def column(self) -> str:
+        """Of this scale's figures in a table that has the paper's own in the column "paper"."""
+        return "measured" if self.name == "paper" else self.name
+
+    @property
     def unfinished(self) -> Path:
         """Where measurements keep what they have counted until they are through (`evaluation.per_image.measure`)."""
         return self.results / "unfinished"

@@ -169,7 +169,7 @@ def study_table(table: int, scale: Scale) -> pd.DataFrame:
         low, high = np.percentile(found.resampled(), (2.5, 97.5)) if found else (np.nan, np.nan)
         made.append(
             {"method": method, "setting": setting, "metric": metric, "paper": paper(table, metric, method, setting)}
-            | {scale.name: found.value if found else np.nan, "low": low, "high": high}
+            | {scale.column: found.value if found else np.nan, "low": low, "high": high}
             | {"seeds": len(found.values) if found else 0}
         )
     return pd.DataFrame(made)
@@ -241,9 +241,9 @@ def effects(table: int, metric: str, baseline: str, scale: Scale) -> pd.DataFram
             printed = [paper(table, metric, method, row.setting) for method in (row.method, baseline)]
             made.append(
                 {"method": row.method, "setting": row.setting, "paper": printed[0] - printed[1]}
-                | {scale.name: mine.value - theirs.value, "low": low, "high": high}
+                | {scale.column: mine.value - theirs.value, "low": low, "high": high}
             )
-    return pd.DataFrame(made, columns=["method", "setting", "paper", scale.name, "low", "high"])
+    return pd.DataFrame(made, columns=["method", "setting", "paper", scale.column, "low", "high"])
 
 
 def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
