@@ -1,0 +1,3 @@
+from clipseg_repro.cli import app
+
+app(prog_name="clipseg-repro")
