@@ -56,7 +56,7 @@ def bench(scale: Scale, repeats: int = 5) -> tuple[pd.DataFrame, pd.DataFrame]:
         f"The other measurements of speed. Medians of {repeats}; {machine}",
     )
     for name, table, caption in zip(("speed_prompts", "speed"), tables, captions, strict=True):
-        save_table(table, name, caption, scale)
+        save_table(table, name, caption, scale, command="clipseg-repro bench")
     return tables
 
 

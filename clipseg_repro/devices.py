@@ -1,5 +1,9 @@
 """Devices, and the precision that each computes fastest in: the only place that decides it."""
 
+import platform
+import re
+from pathlib import Path
+
 import torch
 from torch.nn import functional as F
 
@@ -18,6 +22,17 @@ def pick_device(device=None) -> torch.device:
     except (RuntimeError, AssertionError, TypeError) as error:
         raise InputError(f"device '{device}' cannot be used here ({str(error).splitlines()[0]}): try 'cpu'") from None
     return device
+
+
+def device_name(device: torch.device | None = None) -> str:
+    """What a device calls itself, as "NVIDIA H100" or "AMD EPYC"; of None, the processor."""
+    if device and device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

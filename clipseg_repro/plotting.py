@@ -1,7 +1,7 @@
 """Figures: overlays, grids of query x prompt, panels, curves and bars.
 
 Every function that draws returns a matplotlib Figure which pyplot has forgotten: leave it as a cell's last expression
-to show it, give it to `results.save_figure` to keep it. Colours are safe for colour-blind readers: viridis for
+to show it, give it to `results.show_figure` to keep it too. Colours are safe for colour-blind readers: viridis for
 probabilities (always 0 to 1), the palette of Okabe and Ito (2008) for everything that has a name.
 """
 
@@ -117,19 +117,20 @@ def panels(images, titles, columns=None):
     rows = -(-len(images) // columns)
     side = min(2.4, WIDTH / columns)
     lines = max(_wrap(title, side).count("\n") + 1 for title in titles)
+    images = [np.asarray(image) if np.ndim(image) == 2 else load_image(image) for image in images]
+    tall = max(image.shape[0] / image.shape[1] for image in images)
     with plt.rc_context(_STYLE):
-        size = (columns * side, rows * (side + 0.16 * lines))
+        size = (columns * side, rows * (min(tall, 1.5) * side + 0.16 * lines))
         figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
         for axis in axes.flat:
             axis.axis("off")
         for axis, image, title in zip(axes.flat, images, titles, strict=False):
-            image = np.asarray(image)
             if image.ndim == 2 and image.dtype == bool:
                 axis.imshow(image, cmap="gray", vmin=0, vmax=1)
             elif image.ndim == 2 and image.dtype.kind == "f":
                 axis.imshow(image, cmap=HEAT, vmin=0, vmax=1)
             else:
-                axis.imshow(load_image(image))
+                axis.imshow(image)
             axis.set_title(_wrap(title, side))
         return _closed(figure)
 

@@ -128,7 +128,14 @@ def evaluate(
         model = source or chosen.model
         caption = f"{model} on benchmarks, percent, 95% intervals; seconds include reading the data"
         name = re.sub("[^a-z0-9]+", "-", Path(model).name.lower()).strip("-")
-        save_table(sheet.round(1), f"evaluation-{name}", caption, chosen, model=model)
+        save_table(
+            sheet.round(1),
+            f"evaluation-{name}",
+            caption,
+            chosen,
+            model=model,
+            command=f"clipseg-repro evaluate {model}",
+        )
 
 
 def _evaluate_run(run: str, table: int, scale):

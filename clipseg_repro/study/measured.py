@@ -123,7 +123,7 @@ def store(run: str, seed: int, part: str, samples: pd.DataFrame, counts: np.ndar
         every = every.sort_values("fold", kind="stable") if one_fold else every
         with written_whole(listed) as temporary:
             every.to_csv(temporary, index=False, lineterminator="\n")
-        record(listed, scale, data=_opened(part, scale.data).fingerprint())
+        record(listed, scale, data=_opened(part, scale.data).fingerprint(), command="clipseg-repro study")
     elif not own.reset_index(drop=True).equals(samples.reset_index(drop=True)):
         raise InputError(f"'{listed}' lists other samples than '{run}' was measured on now: remove '{listed.parent}'")
     kept = dict(np.load(path)) if path.exists() else {}
@@ -131,6 +131,7 @@ def store(run: str, seed: int, part: str, samples: pd.DataFrame, counts: np.ndar
         np.savez(file, **kept | {part: np.frombuffer(packed(counts), np.uint8)})
     data = {_opened(each, scale.data).fingerprint() for each in (*kept, part)}
     origin = {"run": run, "run_seed": seed, "decoder": sha256(decoder_file(run, seed, scale))}
+    origin["command"] = f"clipseg-repro study '{run}'"
     record(path, scale, data=" ".join(sorted(data)), **origin)
 
 

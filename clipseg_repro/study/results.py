@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pandas as pd
 from huggingface_hub import try_to_load_from_cache
+from IPython import get_ipython
+from IPython.display import Markdown, display
 
 import clipseg_repro
+from clipseg_repro.devices import device_name
 from clipseg_repro.errors import InputError
 from clipseg_repro.files import fingerprint, sha256, written_whole
 from clipseg_repro.models.hub import REVISIONS
 from clipseg_repro.models.loading import MINI
-from clipseg_repro.study.scales import Scale
+from clipseg_repro.study.scales import SCALES, Scale
 
 DIGITS = 3  # decimals kept: results must come out the same on another machine
 BOOK = "provenance.json"
@@ -46,26 +49,32 @@ def save_table(frame: pd.DataFrame, name: str, caption: str, scale: Scale, **ori
     return frame
 
 
-def save_figure(figure, name: str, scale: Scale, **origin):
-    """Write figures/<name>.png of the scale's results folder: the same bytes from the same figure. `origin`: as in
-    `record`."""
+def show_figure(figure, name: str, scale: Scale, **origin):
+    """Write figures/<name>.png of the scale's results folder: the same bytes from the same figure. In a notebook, show
+    it, with a link to the file and its provenance. `origin`: as in `record`."""
     path = _path(scale, "figures", name, ".png")
     with written_whole(path) as temporary:  # metadata: without it, matplotlib's version would be in the file
         figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
     record(path, scale, **origin)
+    if get_ipython():
+        folder = (Path("../results") / SCALES[scale.name].results).as_posix()  # as seen from notebooks/
+        display(figure, Markdown(f"[{name}.png]({folder}/figures/{name}.png), [how it came about]({folder}/{BOOK})"))
 
 
-def record(path: Path, scale: Scale, model: str | None = None, data: str | None = None, **more):
+def record(
+    path: Path, scale: Scale, model: str | None = None, data: str | None = None, command: str | None = None, **more
+):
     """Enter a file of the results folder in provenance.json, by its path there; entries whose file is gone leave it.
 
     model: what was measured, if not the scale's own. data: the fingerprint of what it was measured on, if that is not
-    the scale's PhraseCut.
+    the scale's PhraseCut. command: what makes it; if none, the run of the notebook that names it.
     A file that comes out byte for byte as recorded, from the same model and data, keeps its record: the run named there
     did produce it.
     """
     entries = recorded(scale)
     key = Path(path).relative_to(scale.results).as_posix()
-    entry = {"sha256": sha256(path)} | more | provenance(scale, model, data)
+    entry = {"sha256": sha256(path), "command": command or _command(path.stem, scale)}
+    entry |= more | provenance(scale, model, data)
     known = entries.get(key, {})
     if all(known.get(name) == entry[name] for name in ("sha256", *more, *MADE_FROM)):
         return
@@ -102,9 +111,19 @@ def provenance(scale: Scale, model: str | None = None, data: str | None = None) 
         "python": platform.python_version(),
         "torch": version("torch"),
         "transformers": version("transformers"),
-        "machine": _machine(),
+        "machine": device_name(),
         **_commit(),
     }
+
+
+def _command(name, scale):
+    """What makes the result that a notebook's code names; None where no notebook does."""
+    for path in sorted((PACKAGE.parent / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        code = ("".join(c["source"]) for c in json.loads(path.read_bytes())["cells"] if c["cell_type"] == "code")
+        if any(f'"{name}"' in cell for cell in code):
+            option = "" if scale.name == "mini" else f" --scale {scale.name}"
+            return f"clipseg-repro reproduce --only {path.stem[:2]}{option}"
+    return None
 
 
 def _path(scale, folder, name, suffix):
@@ -149,11 +168,3 @@ def _commit():
         return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(changes)}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
-
-
-def _machine():
-    try:
-        names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()

@@ -150,7 +150,7 @@ def train(
     folder: Path,
     source: str = "mini",
     seed: int = 0,
-    validate_on: int = 100,
+    validate_on: int = 30,
     keep: Path | None = None,
     words: Words | None = None,
     **budget,

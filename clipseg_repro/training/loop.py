@@ -14,7 +14,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from clipseg_repro.devices import fast_dtype
+from clipseg_repro.devices import device_name, fast_dtype
 from clipseg_repro.errors import InputError
 from clipseg_repro.files import sweep, written_whole
 
@@ -94,7 +94,8 @@ def fit(
                 if (i + 1) % every == 0 or i + 1 == steps:
                     row = {"step": i + 1, **{k: round(float(v) / counted, 5) for k, v in totals.items()}}
                     row |= validate() if validate and main else {}
-                    curve.append(row | {"seconds": round(seconds + time.monotonic() - started, 1)})
+                    row["seconds"] = round(seconds + time.monotonic() - started, 1)
+                    curve.append(row | {"device": device_name(PartialState().device)})
                     bar.set_postfix({k: v for k, v in row.items() if k != "step"}, refresh=False)
                     totals, counted = {}, 0
                     if main:

@@ -48,7 +48,7 @@ def test_pretraining_runs_and_saves_a_loadable_folder(tmp_path, short_curriculum
         assert (vision.image_size, vision.patch_size) == (size, patch)
         assert segmenter.processor.image_processor.size["height"] == size
         curve = pd.read_csv(folder / "curve.csv")
-        assert list(curve) == ["step", "image", "patch", "head", "top1", "patch_top1", "seconds"]
+        assert list(curve) == ["step", "image", "patch", "head", "top1", "patch_top1", "seconds", "device"]
         assert curve.step.tolist() == np.cumsum([len(cycle.stages) for cycle in cycles]).tolist()  # one row a cycle
         assert curve.seconds.is_monotonic_increasing
     once, again = (load_model(f / "model")[0].clip.state_dict() for f in (tmp_path, tmp_path / "again"))

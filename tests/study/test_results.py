@@ -16,7 +16,7 @@ from clipseg_repro.datasets.catalogue import CATALOGUE
 from clipseg_repro.errors import InputError
 from clipseg_repro.files import sha256
 from clipseg_repro.models.loading import MINI
-from clipseg_repro.study.results import provenance, record, recorded, save_figure, save_table
+from clipseg_repro.study.results import provenance, record, recorded, save_table, show_figure
 from clipseg_repro.study.scales import SCALES, get_scale
 
 
@@ -126,10 +126,10 @@ def test_figure_is_the_same_bytes_each_time(scale):
     for _ in range(2):
         figure, axes = plt.subplots(figsize=(2, 1))
         axes.plot([0, 1])
-        save_figure(figure, "line", scale)
+        show_figure(figure, "line", scale)
         plt.close(figure)
         written.append((scale.results / "figures/line.png").read_bytes())
     assert written[0] == written[1]
     assert "Software" not in Image.open(scale.results / "figures/line.png").info
     with pytest.raises(InputError, match=r"result name '\.\./x'"):
-        save_figure(figure, "../x", scale)
+        show_figure(figure, "../x", scale)
