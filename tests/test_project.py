@@ -56,7 +56,7 @@ def test_what_is_imported_is_declared(folder, declared):
 
 FLOORS = """
 cli
-bench verify batch
+bench verify batch check
 study
 mini
 training
