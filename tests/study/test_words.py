@@ -24,6 +24,7 @@ def test_samples_of_a_picture_are_drawn_together():
 
 
 def test_words():
-    assert compared("words", "one example", 3.14, 1.2, 5.0, "points") == "words: 3.1 points over one example (1.2 to 5.0)"
+    ahead = compared("words", "one example", 3.14, 1.2, 5.0, "points")
+    assert ahead == "words: 3.1 points over one example (1.2 to 5.0)"
     assert compared("a", "b", -0.5, -0.9, -0.1, digits=2) == "b: 0.50 over a (0.10 to 0.90)"
     assert compared("a", "b", 0.04, -0.1, 0.2) == "a and b: about equal (+0.0, -0.1 to +0.2)"
