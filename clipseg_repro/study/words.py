@@ -5,7 +5,7 @@ import numpy as np
 
 def paired(first, second, pictures=None, n: int = 1000, seed: int = 0) -> tuple[float, float, float]:
     """(mean, low, high) of first - second, two figures of each of N samples: their mean difference and its 95%
-    bootstrap interval. Samples are drawn with replacement, or the `pictures` (N labels) that they belong to, together."""
+    bootstrap interval. Samples are drawn with replacement, or the `pictures` (N labels) that they belong to."""
     difference = np.asarray(first, float) - np.asarray(second, float)
     labels = np.arange(len(difference)) if pictures is None else np.unique(pictures, return_inverse=True)[1]
     sums, sizes = np.bincount(labels, difference), np.bincount(labels)
