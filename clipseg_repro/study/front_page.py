@@ -12,8 +12,8 @@ BEGIN, END = "<!-- made by make readme -->", "<!-- end -->"
 METRICS = {"miou": "mIoU", "iou_fg": "IoU_FG", "ap": "AP"}
 
 
-def front_page(results: Path) -> str:
-    """Markdown of Table 3, paper beside mini, and of what became of the claims."""
+def table3(results: Path) -> str:
+    """Table 3, paper beside mini, in Markdown."""
     table = pd.read_csv(results / "tables" / "table3.csv")
     own = table[~table.setting.str.startswith("cited")]
     lines = [f"| Table 3: PhraseCut, percent | {' | '.join(f'{m}, paper | {m}, mini' for m in METRICS.values())} |"]
@@ -26,20 +26,32 @@ def front_page(results: Path) -> str:
             cells += ["" if pd.isna(paper) else f"{paper:g}"]
             cells += ["not measured" if pd.isna(here) else f"{here:.1f} ({low:.1f} to {high:.1f})"]
         lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def verdicts(results: Path) -> str:
+    """What became of the claims, in a sentence."""
     claims = pd.read_csv(results / "tables" / "claims.csv")
     words = {"holds": "hold", "does not hold": "do not hold"}
     told = []
     for verdict, own in claims.groupby("verdict").claim:
         named = f" ({', '.join(own)})" if verdict in words else ""
         told.append(f"{len(own)} {words.get(verdict, verdict)}{named}")
+    return (
+        f"The paper as {len(claims)} comparisons, each judged at mini scale by a rule that was fixed before: "
+        f"{'; '.join(sorted(told, key=len, reverse=True))}."
+    )
+
+
+def front_page(results: Path) -> str:
+    """Markdown of Table 3, paper beside mini, and of what became of the claims."""
     return "\n".join(
         [
             "Mini models on mini PhraseCut, 95% intervals over images and seeds; the paper's on the real one:",
             "",
-            *lines,
+            table3(results),
             "",
-            f"The paper as {len(claims)} comparisons, each judged at mini scale by a rule that was fixed before: "
-            f"{'; '.join(sorted(told, key=len, reverse=True))}. [The ledger](results/tables/claims.md) has every one.",
+            f"{verdicts(results)} [The ledger](results/tables/claims.md) has every one.",
         ]
     )
 
