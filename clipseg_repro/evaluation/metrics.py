@@ -80,15 +80,14 @@ class SegmentationMetrics(Metric):
             self.add_state("histogram", torch.zeros(3, 2 * _HALF + 1, dtype=torch.int64), dist_reduce_fx="sum")
 
     @classmethod
-    def from_counts(cls, counts, groups=None) -> "SegmentationMetrics":
-        """The metric of N samples that `threshold_counts` has counted, (N, 49, 4), in the released convention; with the
-        samples' classes, N `groups` from 0, each class is one of its groups."""
+    def from_counts(cls, counts, groups=None, convention: str = "released") -> "SegmentationMetrics":
+        """The metric of N samples that `threshold_counts` has counted, (N, 49, 4); with the samples' classes, N
+        `groups` from 0, each class is one of its groups. The exact AP is that of probabilities in 50 steps."""
         counts = torch.as_tensor(counts)
-        metrics = cls(None if groups is None else int(max(groups)) + 1)
-        groups = metrics._group_ids(groups, len(counts))
-        metrics.counts.index_add_(0, groups, counts)
-        metrics.samples.index_add_(0, groups, torch.ones_like(groups))
-        metrics.iou_sum += metrics._iou(counts)[0].sum(0)
+        metrics = cls(None if groups is None else int(max(groups)) + 1, convention)
+        metrics._add(counts, metrics._group_ids(groups, len(counts)))
+        if convention == "exact":
+            metrics.histogram[1:, : len(THRESHOLDS) + 1] = _steps(counts.sum(0))
         metrics._update_count = len(counts)
         return metrics
 
@@ -108,16 +107,17 @@ class SegmentationMetrics(Metric):
         for p, t in zip(maps, targets, strict=True):
             pairs.append(_check(p, t, self.device))
             counts.append(_counts(*pairs[-1]))
-        counts = torch.stack(counts)
+        self._add(torch.stack(counts), groups)
+        if self.convention == "exact":
+            for p, t in pairs:
+                _add_fine(self.histogram, p, t)
 
+    def _add(self, counts, groups):
         self.counts.index_add_(0, groups, counts)
         seen = torch.ones_like(groups) if self.convention == "released" else (counts[:, 0].sum(1) > 0).long()
         self.samples.index_add_(0, groups, seen)
         if self.num_groups is None:
             self.iou_sum += (self._iou(counts)[0] * seen[:, None]).sum(0)
-        if self.convention == "exact":
-            for p, t in pairs:
-                _add_fine(self.histogram, p, t)
 
     def compute(self) -> dict[str, torch.Tensor]:
         """Figures of all samples: `thresholds`, `miou`, `iou_fg`, `iou_bin`, each (49,) float64, and `ap`, a scalar.
@@ -130,7 +130,7 @@ class SegmentationMetrics(Metric):
         total = self.counts.sum(0)
         fg, bg = self._iou(total)
         miou = self.iou_sum / seen if self.num_groups is None else self._iou(self.counts[self.samples > 0])[0].mean(0)
-        ap = _simpson_ap(total.cpu().numpy()) if self.convention == "released" else _histogram_ap(self.histogram)
+        ap = _simpson_ap(total.cpu().numpy()) if self.convention == "released" else _histogram_ap(self.histogram[1:])
         return {
             "thresholds": THRESHOLDS.to(self.device),
             "miou": miou,
@@ -177,13 +177,17 @@ def bootstrap(counts, clusters, threshold: float = 0.3, n: int = 1000, seed: int
     return {key: tuple(np.percentile(figures[key], (2.5, 97.5)).tolist()) for key in KEYS}
 
 
-def resampled(counts, clusters, threshold: float, n: int = 1000, seed: int = 0, groups=None) -> dict[str, np.ndarray]:
-    """The figures at one threshold of `n` resamples of whole images, (n,) each (released convention).
+def resampled(
+    counts, clusters, threshold: float, n: int = 1000, seed: int = 0, groups=None, convention: str = "released"
+) -> dict[str, np.ndarray]:
+    """The figures at one threshold of `n` resamples of whole images, (n,) each, as `SegmentationMetrics.from_counts`
+    has them.
 
     counts: (N, 49, 4), stacked `threshold_counts` of N samples. clusters: N image ids, whose samples stay together.
     groups: N classes, or None. Keys: miou (mean of the samples' IoUs, or of the classes' that a resample has), iou_fg,
     iou_bin and ap.
     """
+    released = convention == "released"
     index = _threshold_index(threshold)
     counts, clusters = np.asarray(counts), np.asarray(clusters).reshape(-1)
     if counts.ndim != 3 or counts.shape[1:] != (len(THRESHOLDS), 4) or len(counts) == 0:
@@ -195,23 +199,25 @@ def resampled(counts, clusters, threshold: float, n: int = 1000, seed: int = 0, 
     _, image = np.unique(clusters, return_inverse=True)
     images = image.max() + 1
     # A column each for the counts, the sample's IoU and its 1: one matrix product then sums every resample.
-    iou = _iou(torch.from_numpy(counts[:, index]))[0].numpy()
-    columns = np.column_stack([counts.reshape(len(counts), -1), iou, np.ones(len(counts))])
+    iou = _iou(torch.from_numpy(counts[:, index]), released)[0].numpy()
+    seen = np.ones(len(counts)) if released else counts[:, index].sum(1) > 0
+    columns = np.column_stack([counts.reshape(len(counts), -1), iou * seen, seen])
     sums = np.zeros((images, columns.shape[1]))
     np.add.at(sums, image, columns)
     drawn = np.random.default_rng(seed).integers(images, size=(n, images)) + np.arange(n)[:, None] * images
     weights = np.bincount(drawn.ravel(), minlength=n * images).reshape(n, images).astype(np.float64)
     drawn_sums = weights @ sums
     totals = drawn_sums[:, :-2].reshape(n, len(THRESHOLDS), 4)
-    fg, bg = (x.numpy() for x in _iou(torch.from_numpy(totals[:, index])))
-    ap = np.array([_simpson_ap(total) for total in totals])
+    fg, bg = (x.numpy() for x in _iou(torch.from_numpy(totals[:, index]), released))
+    average = _simpson_ap if released else lambda total: _histogram_ap(_steps(torch.from_numpy(total)))
+    ap = np.array([average(total) for total in totals])
     if groups is None:
         miou = drawn_sums[:, -2] / drawn_sums[:, -1]
     else:
         own = np.zeros((images, int(max(groups)) + 1, 5))
-        np.add.at(own, (image, np.asarray(groups)), np.column_stack([counts[:, index], np.ones(len(counts))]))
+        np.add.at(own, (image, np.asarray(groups)), np.column_stack([counts[:, index], seen]))
         drawn_own = np.tensordot(weights, own, 1)
-        iou = _iou(torch.from_numpy(drawn_own[..., :4]))[0].numpy()
+        iou = _iou(torch.from_numpy(drawn_own[..., :4]), released)[0].numpy()
         miou = np.nanmean(np.where(drawn_own[..., 4] > 0, iou, np.nan), 1)
     return {"miou": miou, "iou_fg": fg, "iou_bin": (fg + bg) / 2, "ap": ap}
 
@@ -302,9 +308,16 @@ def _simpson_ap(counts):
     return float(simpson(precision, x=recall))
 
 
+def _steps(counts):
+    """(2, 50): the background and the object pixels of (49, 4) counts between neighbouring thresholds."""
+    tp, fp, fn, tn = counts.unbind(-1)
+    up_to = torch.stack([tn, fn])
+    return torch.cat([up_to, torch.stack([tn + fp, fn + tp])[:, -1:]], 1).diff(prepend=torch.zeros_like(up_to[:, :1]))
+
+
 def _histogram_ap(histogram):
-    """Sum over the bins, highest first, of precision times gain in recall."""
-    _, background, objects = histogram.flip(1).double()
+    """Sum over the bins of (2, bins) background and object pixels, highest first, of precision times gain in recall."""
+    background, objects = histogram.flip(1).double()
     tp, fp = objects.cumsum(0), background.cumsum(0)
     precision = tp / (tp + fp).clamp(min=1)
     return (precision * objects).sum() / tp[-1].clamp(min=1)

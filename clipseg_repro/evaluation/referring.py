@@ -9,8 +9,10 @@ import pandas as pd
 from clipseg_repro.errors import InputError
 from clipseg_repro.evaluation.metrics import KEYS, SegmentationMetrics, bootstrap
 from clipseg_repro.evaluation.per_image import measure
-from clipseg_repro.prompts import DEFAULT_RECIPE, VisualPrompt, interpolate
+from clipseg_repro.prompts import DEFAULT_RECIPE, IMAGENET_MEAN, VisualPrompt, interpolate
 
+# An image of zeros to the model, which the released code shows for a phrase that occurs once (datasets/phrasecut.py).
+NO_EXAMPLE = VisualPrompt(np.full((8, 8, 3), np.round(255 * np.array(IMAGENET_MEAN)), np.uint8), np.ones((8, 8), bool))
 SIZE_BINS = {"small": (0.0, 0.04), "medium": (0.04, 0.12), "large": (0.12, 1.01)}  # share of the image's pixels
 
 
@@ -84,13 +86,16 @@ def phrasecut(
     """Table 3 (and Table 9): every phrase of a PhraseCut split on its whole image.
 
     `prompts`: "text" (the bare phrase, put into `template`), "visual" (another sample of the same phrase, drawn with
-    `seed`, as a visual prompt of `recipe`; phrases that occur once are left out) or "mixed" (`weight` of the visual).
+    `seed`, as a visual prompt of `recipe`; phrases that occur once are left out), "mixed" (`weight` of the visual) or
+    "unique" (the phrases left out, by NO_EXAMPLE).
     `limit` takes the first images only. `keep`, and what bad images do: as in `per_image.measure`.
     """
-    if prompts not in ("text", "visual", "mixed"):
-        raise InputError(f"unknown prompts '{prompts}': choose text, visual or mixed")
-    images, supported = list(dataset.by_image)[:limit], set(dataset.supported)
-    asked = {image: [i for i in dataset.by_image[image] if prompts == "text" or i in supported] for image in images}
+    if prompts not in ("text", "visual", "mixed", "unique"):
+        raise InputError(f"unknown prompts '{prompts}': choose text, visual, mixed or unique")
+    images, chosen = list(dataset.by_image)[:limit], set(dataset.supported)
+    if prompts in ("text", "unique"):
+        chosen = set(range(len(dataset))) - (chosen if prompts == "unique" else set())
+    asked = {image: [i for i in dataset.by_image[image] if i in chosen] for image in images}
     place = {i: n for n, i in enumerate(i for own in asked.values() for i in own)}
     if not place:
         raise InputError("no phrase to evaluate: the split is empty or, for visual prompts, no phrase occurs twice")
@@ -98,8 +103,8 @@ def phrasecut(
 
     def prompt(i):
         text = template.format(dataset.phrases[i])
-        if prompts == "text":
-            return text
+        if prompts in ("text", "unique"):
+            return text if prompts == "text" else NO_EXAMPLE
         support = dataset.visual_support(i, np.random.default_rng([seed, i]))
         visual = VisualPrompt(support.image, support.mask == 1, recipe)
         return visual if prompts == "visual" else interpolate(text, visual, weight)

@@ -1,6 +1,6 @@
 """The paper's Tables 3 to 9 from what is stored of the study's models, and the verdicts on its claims."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -11,8 +11,8 @@ import yaml
 
 from clipseg_repro.datasets.held_out import held_out
 from clipseg_repro.datasets.voc import CLASSES
-from clipseg_repro.evaluation.metrics import THRESHOLDS, SegmentationMetrics, resampled
-from clipseg_repro.evaluation.semantic import SemanticResult
+from clipseg_repro.evaluation.metrics import KEYS, THRESHOLDS, SegmentationMetrics, resampled
+from clipseg_repro.evaluation.semantic import RELEASED_UNSEEN, SemanticResult
 from clipseg_repro.study.measured import TABLES, measured, stored
 from clipseg_repro.study.scales import Scale
 from clipseg_repro.training import experiments
@@ -47,13 +47,15 @@ def paper(table: int, metric: str, method: str | list[str] | None = None, settin
 @dataclass(frozen=True)
 class Row:
     """A row of a table: the runs that make it, one for each fold, and how it is measured. threshold None: the best, or
-    none at all (Table 4)."""
+    none at all (Table 4). convention: of `evaluation.metrics`. also: a second part whose samples count, too."""
 
     table: int
     method: str
     setting: str
     runs: tuple[str, ...]
     threshold: float | None
+    convention: str = "released"
+    also: str | None = None
 
     @property
     def part(self) -> str:
@@ -76,6 +78,11 @@ class Measured:
         seeds = np.random.default_rng(0).integers(len(self.draws), size=(RESAMPLES, len(self.draws)))
         return self.draws[seeds, np.arange(RESAMPLES)[:, None]].mean(1)
 
+    def over(self, other: "Measured") -> tuple[float, float, float]:
+        """What this has more than another: the difference and its 95% interval, of the same images on both sides."""
+        low, high = np.percentile(self.resampled() - other.resampled(), (2.5, 97.5))
+        return self.value - other.value, low, high
+
 
 def rows(table: int) -> list[Row]:
     """The rows of a table that runs of experiments.yaml make, in the paper's order; what it lacks comes last."""
@@ -95,7 +102,8 @@ def rows(table: int) -> list[Row]:
 
 
 def figures(row: Row, scale: Scale) -> dict[str, Measured]:
-    """By metric, in percent, over the seeds of which all runs are measured; {} where there is none."""
+    """By metric (KEYS; of Table 4 those of `_zero_shot`), in percent, over the seeds of which all runs are measured; {}
+    where there is none."""
     key = row, scale.results
     if key not in _FIGURES:
         _FIGURES[key] = _measured_figures(row, scale)
@@ -106,12 +114,17 @@ _FIGURES: dict[tuple[Row, Path], dict[str, Measured]] = {}  # what is stored doe
 
 
 def _measured_figures(row: Row, scale: Scale) -> dict[str, Measured]:
-    seeds = [seed for seed in SEEDS if all(row.part in measured(run, seed, scale) for run in row.runs)]
-    by_seed = [_of_seed(row, [stored(run, seed, row.part, scale) for run in row.runs]) for seed in seeds]
+    parts = [row.part, *([row.also] if row.also else [])]
+    seeds = [seed for seed in SEEDS if all(set(parts) <= set(measured(run, seed, scale)) for run in row.runs)]
+
+    def read(run, seed):
+        samples, counts = zip(*(stored(run, seed, part, scale) for part in parts))
+        return pd.concat(samples, ignore_index=True), np.concatenate(counts)
+
+    by_seed = [_of_seed(row, [read(run, seed) for run in row.runs]) for seed in seeds]
     return {
         metric: Measured(np.array([own[metric][0] for own in by_seed]), np.array([own[metric][1] for own in by_seed]))
-        for metric in METRICS[row.table]
-        if by_seed
+        for metric in (by_seed[0] if by_seed else ())
     }
 
 
@@ -125,14 +138,14 @@ def _of_seed(row: Row, runs: list[tuple[pd.DataFrame, np.ndarray]]) -> dict[str,
         runs = [(samples[own], counts[own])]
     folds = [_grouped(samples, counts) for samples, counts in runs]
     threshold = row.threshold
+    metrics = [SegmentationMetrics.from_counts(counts, groups, row.convention) for counts, _, groups in folds]
     if threshold is None:
-        every = [SegmentationMetrics.from_counts(counts, groups).compute()["miou"] for counts, _, groups in folds]
-        threshold = float(THRESHOLDS[int(sum(every).argmax())])
-    points = [SegmentationMetrics.from_counts(counts, groups).at(threshold) for counts, _, groups in folds]
-    draws = [resampled(*fold[:2], threshold, RESAMPLES, n, fold[2]) for n, fold in enumerate(folds)]
+        threshold = float(THRESHOLDS[int(sum(fold.compute()["miou"] for fold in metrics).argmax())])
+    points = [fold.at(threshold) for fold in metrics]
+    draws = [resampled(*fold[:2], threshold, RESAMPLES, n, fold[2], row.convention) for n, fold in enumerate(folds)]
     return {
         metric: (100 * np.mean([point[metric] for point in points]), 100 * np.mean([d[metric] for d in draws], 0))
-        for metric in METRICS[row.table]
+        for metric in KEYS
     }
 
 
@@ -144,9 +157,13 @@ def _grouped(samples: pd.DataFrame, counts: np.ndarray):
 
 
 def _zero_shot(areas: np.ndarray, held: str) -> dict[str, tuple[float, np.ndarray]]:
-    result = SemanticResult(tuple(CLASSES), areas)
+    """Over the seen and the unseen classes; the seen ones without background; the classes that score.py calls so."""
+    result, every = SemanticResult(tuple(CLASSES), areas), range(len(CLASSES))
     unseen = [CLASSES.index(name) for name in held_out(held)]
-    chosen = {"miou_seen": [c for c in range(len(CLASSES)) if c not in unseen], "miou_unseen": unseen}
+    seen = [c for c in every if c not in unseen]
+    chosen = {"miou_seen": seen, "miou_unseen": unseen, "seen_things": seen[1:]}
+    if called_seen := RELEASED_UNSEEN.get(len(unseen)):
+        chosen |= {"released_seen": called_seen, "released_unseen": [c for c in every if c not in called_seen]}
     drawn = np.random.default_rng(0).integers(len(areas), size=(RESAMPLES, len(areas)))
     return {
         metric: (100 * result.miou(own), np.array([100 * result.miou(own, pictures) for pictures in drawn]))
@@ -193,18 +210,15 @@ def ledger(scale: Scale, recipes: pd.DataFrame | None = None) -> pd.DataFrame:
     told."""
     made = []
     for number, claim in claims().items():
-        sides, theirs = [], []
-        for side in (claim["larger"], claim["smaller"]):
-            theirs.append(paper(claim["table"], claim["metric"], side["method"], side["setting"]))
-            sides.append(_side(claim["table"], claim["metric"], side, scale, recipes))
+        both = [{"table": claim["table"], "metric": claim["metric"]} | claim[name] for name in ("larger", "smaller")]
+        theirs, sides = [paper(**own) for own in both], [side(own, scale, recipes) for own in both]
         row = {"claim": number, "statement": claim["statement"], "table": claim["table"], "metric": claim["metric"]}
         row |= {"paper_larger": theirs[0], "paper_smaller": theirs[1]}
         row |= dict.fromkeys(("larger", "smaller", "difference", "low", "high"), np.nan) | {"seeds": ""}
         if all(sides):
-            change = sides[0].resampled() - sides[1].resampled()
-            low, high = np.percentile(change, (2.5, 97.5))
-            row |= {"larger": sides[0].value, "smaller": sides[1].value, "difference": sides[0].value - sides[1].value}
-            row |= {"low": low, "high": high, "seeds": "/".join(str(len(side.values)) for side in sides)}
+            row |= {"larger": sides[0].value, "smaller": sides[1].value}
+            row |= dict(zip(("difference", "low", "high"), sides[0].over(sides[1])))
+            row["seeds"] = "/".join(str(len(own.values)) for own in sides)
         made.append(row | {"verdict": verdict(row["low"], row["high"]), "carries": claim["carries"]})
     return pd.DataFrame(made)
 
@@ -214,16 +228,22 @@ def verdict(low: float, high: float) -> str:
     return VERDICTS[0] if low > 0 else VERDICTS[1] if high < 0 else VERDICTS[2]
 
 
-def _side(table: int, metric: str, side: dict, scale: Scale, recipes: pd.DataFrame | None) -> Measured | None:
-    if table == 2:
-        return None if recipes is None else _recipe(side["method"], recipes)
-    same = [row for row in rows(table) if (row.method, row.setting) == (side["method"], side["setting"])]
-    return figures(same[0], scale).get(metric) if same else None
+def side(asked: dict, scale: Scale, recipes: pd.DataFrame | None = None) -> Measured | None:
+    """One side of a claim or of an audit's effect, None if it is not measured. asked: table, metric, method, setting,
+    and threshold, convention and also where they are not the row's own. recipes: as of `ledger`."""
+    if asked["table"] == 2:
+        return _recipe(asked["method"], recipes)
+    same = [row for row in rows(asked["table"]) if (row.method, row.setting) == (asked["method"], asked["setting"])]
+    own = {name: asked[name] for name in ("threshold", "convention", "also") if name in asked}
+    return figures(replace(same[0], **own), scale).get(asked["metric"]) if same else None
 
 
-def _recipe(method: str | list[str], recipes: pd.DataFrame) -> Measured:
+def _recipe(method: str | list[str], recipes: pd.DataFrame | None) -> Measured | None:
     """Mean gain of a recipe, or of the best of several in each draw."""
-    gains = 100 * recipes[[method] if isinstance(method, str) else method].to_numpy()
+    names = [method] if isinstance(method, str) else method
+    if recipes is None or not set(names) <= set(recipes):
+        return None
+    gains = 100 * recipes[names].to_numpy()
     drawn = np.random.default_rng(0).integers(len(gains), size=(RESAMPLES, len(gains)))
     return Measured(gains.mean(0).max(keepdims=True), gains[drawn].mean(1).max(1)[None])
 
@@ -237,11 +257,11 @@ def effects(table: int, metric: str, baseline: str, scale: Scale) -> pd.DataFram
         base = next(r for r in rows(table) if (r.method, r.setting) == (baseline, row.setting))
         mine, theirs = (figures(r, scale).get(metric) for r in (row, base))
         if row != base and mine and theirs:
-            low, high = np.percentile(mine.resampled() - theirs.resampled(), (2.5, 97.5))
+            change, low, high = mine.over(theirs)
             printed = [paper(table, metric, method, row.setting) for method in (row.method, baseline)]
             made.append(
                 {"method": row.method, "setting": row.setting, "paper": printed[0] - printed[1]}
-                | {scale.column: mine.value - theirs.value, "low": low, "high": high}
+                | {scale.column: change, "low": low, "high": high}
             )
     return pd.DataFrame(made, columns=["method", "setting", "paper", scale.column, "low", "high"])
 
