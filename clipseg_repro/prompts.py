@@ -2,7 +2,7 @@
 
 A recipe turns a support image and its mask into the input of CLIP's image tower. As in the released code, the image is
 first resized to the model's input size (aspect ratio not kept) and normalised; the recipe works on that. The released
-lengths (blur of 15 x 15 with sigma 3, outline of thickness 5) hold at 352 px and are scaled in proportion at other
+lengths (blur of 15 x 15, outline of thickness 5) hold at 352 px and are scaled in proportion at other
 sizes.
 """
 
@@ -40,8 +40,8 @@ class Recipe:
     """How a support image is shown to CLIP (a row of Table 2).
 
     background: factor on the background in normalised space, where 0 is ImageNet's mean colour (a grey), not black.
-    blur: Gaussian blur of the background, 15 x 15 with sigma 3 at 352 px. The blurred picture includes the object, as
-        released, so some of it bleeds into the background.
+    blur: sigma of a Gaussian blur of the background, 15 x 15, in pixels at 352 px; 0 is none. The blurred picture
+        includes the object, as released, so some of it bleeds into the background.
     context: crop to the mask's box, widened on each side by this share of its width and height; None keeps the image.
     tint: grey image, object in red. outline: red outline around the object, cv2's thickness 5 (7 px wide) at 352 px.
     attention: (rows, layers) whose attention logits on patches outside the mask are multiplied by 0 before the softmax;
@@ -49,7 +49,7 @@ class Recipe:
     """
 
     background: float = 1.0
-    blur: bool = False
+    blur: float = 0.0
     context: float | None = None
     tint: bool = False
     outline: bool = False
@@ -61,7 +61,7 @@ class Recipe:
         Equals the released `img_preprocess` at S = 352.
         """
         size = pixels.shape[-1]
-        background = _blur(pixels) if self.blur else pixels
+        background = _blur(pixels, self.blur) if self.blur else pixels
         # with factor 1 and no blur this is the image itself
         out = torch.where(mask, pixels, self.background * background)
         if self.context is not None:
@@ -91,14 +91,16 @@ RECIPES = {
     "BG intensity 50%": Recipe(background=0.5),
     "BG intensity 10%": Recipe(background=0.1),
     "BG intensity 0%": Recipe(background=0.0),
-    "BG blur": Recipe(blur=True),
-    "BG blur + intensity 10%": Recipe(blur=True, background=0.1),
+    "BG blur": Recipe(blur=3.0),
+    "BG blur + intensity 10%": Recipe(blur=3.0, background=0.1),
     "crop large context": Recipe(context=0.5),
     "crop": Recipe(context=0.1),
-    "crop + BG blur": Recipe(context=0.5, blur=True),
+    "crop + BG blur": Recipe(context=0.5, blur=3.0),
     "crop + BG intensity 10%": Recipe(context=0.1, background=0.1),
-    "crop + BG blur + BG intensity 10%": Recipe(context=0.1, blur=True, background=0.1),
+    "crop + BG blur + BG intensity 10%": Recipe(context=0.1, blur=3.0, background=0.1),
 }
+# Table 9's "highlight mask", the released `blur_highlight`, is no row of Table 2.
+EVERY_RECIPE = RECIPES | {"highlight mask": Recipe(blur=1.0, background=0.5)}
 DEFAULT_RECIPE = "crop + BG blur + BG intensity 10%"  # the released `crop_blur_highlight352`
 
 
@@ -107,7 +109,7 @@ class VisualPrompt:
     """A support image and the mask of the object meant.
 
     image: path, PIL image or array, as `load_image` reads it. mask: path, PIL image or array of the image's size, as
-    `load_mask` reads it. recipe: a key of RECIPES. Raises InputError on an unknown recipe; files are read when used.
+    `load_mask` reads it. recipe: a key of EVERY_RECIPE. Raises InputError on an unknown recipe; files are read when used.
     """
 
     image: object
@@ -115,8 +117,8 @@ class VisualPrompt:
     recipe: str = DEFAULT_RECIPE
 
     def __post_init__(self):
-        if not isinstance(self.recipe, str) or self.recipe not in RECIPES:
-            raise InputError(f"unknown recipe '{self.recipe}': choose one of {', '.join(map(repr, RECIPES))}")
+        if not isinstance(self.recipe, str) or self.recipe not in EVERY_RECIPE:
+            raise InputError(f"unknown recipe '{self.recipe}': choose one of {', '.join(map(repr, EVERY_RECIPE))}")
 
     def load(self):
         """((H, W, 3) uint8 RGB image, (H, W) bool mask)."""
@@ -180,13 +182,13 @@ def prepare(prompt, image_processor):
     if not small.any():  # an object thinner than the sampling grid must not vanish
         small = F.adaptive_max_pool2d(full, pixels.shape[-2:])
     small = small[0, 0] > 0
-    return RECIPES[prompt.recipe].apply(pixels, small), small
+    return EVERY_RECIPE[prompt.recipe].apply(pixels, small), small
 
 
-def _blur(pixels):
+def _blur(pixels, sigma):
     scale = pixels.shape[-1] / RELEASED_SIZE
     side = max(3, 2 * round((15 * scale - 1) / 2) + 1)
-    return torch.from_numpy(cv2.GaussianBlur(_to_array(pixels), (side, side), 3 * scale)).permute(2, 0, 1)
+    return torch.from_numpy(cv2.GaussianBlur(_to_array(pixels), (side, side), sigma * scale)).permute(2, 0, 1)
 
 
 def _crop_to_square(pixels, mask, context):

@@ -9,7 +9,7 @@ from clipseg_repro.errors import InputError
 from clipseg_repro.models.forward import decode, embed_images, embed_texts, encode, keep_freed_memory
 from clipseg_repro.models.loading import CLIP, load_model
 from clipseg_repro.pictures import load_image
-from clipseg_repro.prompts import RECIPES, Mix, VisualPrompt, checked_share, prepare, to_pixels
+from clipseg_repro.prompts import EVERY_RECIPE, Mix, VisualPrompt, checked_share, prepare, to_pixels
 
 CACHED_TEXTS = 4096  # embeddings kept, 2 KB each
 TEXT_BATCH = 256
@@ -127,8 +127,8 @@ class Segmenter:
 
     def _embed_visuals(self, prompts):
         vectors = {}
-        for attention in {RECIPES[prompt.recipe].attention for prompt in prompts}:
-            group = [prompt for prompt in prompts if RECIPES[prompt.recipe].attention == attention]
+        for attention in {EVERY_RECIPE[prompt.recipe].attention for prompt in prompts}:
+            group = [prompt for prompt in prompts if EVERY_RECIPE[prompt.recipe].attention == attention]
             for start in range(0, len(group), VISUAL_BATCH):
                 batch = group[start : start + VISUAL_BATCH]
                 pixels, masks = zip(*(prepare(prompt, self.processor.image_processor) for prompt in batch))

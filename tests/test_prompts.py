@@ -15,6 +15,7 @@ from clipseg_repro.errors import InputError
 from clipseg_repro.models.forward import embed_images
 from clipseg_repro.prompts import (
     DEFAULT_RECIPE,
+    EVERY_RECIPE,
     RECIPES,
     TEST_TEMPLATE,
     TRAIN_TEMPLATES,
@@ -76,19 +77,26 @@ def test_tint_by_hand():
     torch.testing.assert_close(out[:, 0, 0], torch.ones(3), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("size", "side", "sigma"), [(352, 15, 3.0), (112, 5, 3 * 112 / 352)])
-def test_blur_kernel(size, side, sigma):
+@pytest.mark.parametrize(
+    ("recipe", "size", "side", "sigma", "factor"),
+    [
+        ("BG blur", 352, 15, 3.0, 1),
+        ("BG blur", 112, 5, 3 * 112 / 352, 1),
+        ("highlight mask", 352, 15, 1.0, 0.5),  # released datasets/utils.py, blur_highlight
+    ],
+)
+def test_blur_kernel(recipe, size, side, sigma, factor):
     """The response to one bright pixel is the Gaussian of the released size, scaled with the input."""
     pixels = torch.zeros(3, size, size)
     pixels[:, 50, 60] = 1
     mask = torch.zeros(size, size, dtype=torch.bool)
     mask[0, 0] = True
     taps = np.exp(-((np.arange(side) - side // 2) ** 2) / (2 * sigma**2))
-    kernel = np.outer(taps, taps) / taps.sum() ** 2
+    kernel = factor * np.outer(taps, taps) / taps.sum() ** 2
     half = side // 2
-    out = RECIPES["BG blur"].apply(pixels, mask)[0].numpy()
+    out = EVERY_RECIPE[recipe].apply(pixels, mask)[0].numpy()
     np.testing.assert_allclose(out[50 - half : 51 + half, 60 - half : 61 + half], kernel, atol=1e-6)
-    assert out.sum() == pytest.approx(1, abs=1e-4)
+    assert out.sum() == pytest.approx(factor, abs=1e-4)
     assert np.count_nonzero(out) == side**2
 
 
