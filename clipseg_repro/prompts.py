@@ -109,7 +109,7 @@ class VisualPrompt:
     """A support image and the mask of the object meant.
 
     image: path, PIL image or array, as `load_image` reads it. mask: path, PIL image or array of the image's size, as
-    `load_mask` reads it. recipe: a key of EVERY_RECIPE. Raises InputError on an unknown recipe; files are read when used.
+    `load_mask` reads it. recipe: a key of EVERY_RECIPE. Raises InputError on an unknown one; files are read when used.
     """
 
     image: object
