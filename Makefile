@@ -19,7 +19,7 @@ reproduce: setup
 study: setup
 	$(BIN)/clipseg-repro study
 
-# The README's table and summary, from results/.
+# The README's table and summary and results/ro-crate-metadata.json, from results/.
 readme: setup
 	$(BIN)/python -m clipseg_repro.study.front_page README.md
 

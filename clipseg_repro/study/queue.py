@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from clipseg_repro.datasets.catalogue import CATALOGUE
 from clipseg_repro.errors import InputError
+from clipseg_repro.study.crate import write_crate
 from clipseg_repro.study.measured import decoder_file, keep_decoder, load_run, measure, measured, parts, store
 from clipseg_repro.study.scales import Scale, data_root
 from clipseg_repro.study.tables import SEEDS, claims, rows
@@ -52,6 +53,7 @@ def study(scale: Scale, only: Iterable[str] = ()):
         if not decoder_file(run, seed, scale).exists():
             train_run(run, scale, seed)
         measure_run(run, seed, scale)
+    write_crate(scale)
 
 
 def measure_run(run: str, seed: int, scale: Scale):
