@@ -1,4 +1,4 @@
-# make reproduce | study | readme | test | rehearsal | lab | notebooks | setup. Needs Python >= 3.11 and make; everything goes into .venv and results/.
+# make reproduce | study | readme | test | rehearsal | versions | lab | notebooks | setup. Needs Python >= 3.11 and make; everything goes into .venv and results/.
 PYTHON ?= python3
 BIN := .venv/bin
 TEST_RESULTS := .cache/test-results
@@ -8,7 +8,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # Jupyter's tools look here for kernels first: another environment's may have the same name.
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 
-.PHONY: setup reproduce study readme test rehearsal lab notebooks
+.PHONY: setup reproduce study readme test rehearsal versions lab notebooks
 
 setup: .venv/installed
 
@@ -19,7 +19,7 @@ reproduce: setup
 study: setup
 	$(BIN)/clipseg-repro study
 
-# The README's table and summary, from results/.
+# The README's table and summary and results/ro-crate-metadata.json, from results/.
 readme: setup
 	$(BIN)/python -m clipseg_repro.study.front_page README.md
 
@@ -33,6 +33,10 @@ test: setup
 # The paper scale from end to end, against stand-ins (see the file).
 rehearsal: setup
 	$(BIN)/python tests/rehearsal.py
+
+# CLIPSeg's logits under old and new transformers, which it downloads (see the file).
+versions: setup
+	$(BIN)/python tests/versions.py
 
 lab: setup
 	$(BIN)/clipseg-repro data build

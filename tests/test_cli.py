@@ -171,10 +171,10 @@ def test_train_passes_on_the_scale_and_the_budget(run, files, monkeypatch):
     monkeypatch.delenv("CLIPSEG_REPRO_RESULTS", raising=False)
     monkeypatch.setattr("clipseg_repro.study.scales.Scale.prepare", lambda self, *needed: None)
     monkeypatch.setattr("clipseg_repro.study.queue.train", lambda *a, **k: given.update(arguments=a, **k))
-    assert run("train", "clipseg-pc", "--steps", 5, "--seed", 3).exit_code == 0
+    assert run("train", "clipseg-pc", "--steps", 5, "--seed", 3, "--tensorboard").exit_code == 0
     folders = (files / "data/mini/PhraseCut/VGPhraseCut_v0", files / "results/training/clipseg-pc-seed3")
     asked = {"arguments": ("clipseg-pc", *folders), "source": "mini", "iterations": 5, "seed": 3}
-    asked["keep"] = files / "data/activations"
+    asked |= {"keep": files / "data/activations", "tensorboard": True}
     assert given.pop("words").lemmas("sofa")
     assert given == SCALES["mini"].training | asked
 

@@ -6,15 +6,22 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from rocrate.rocrate import ROCrate
 
 from clipseg_repro.errors import InputError
+from clipseg_repro.files import sha256
+from clipseg_repro.study.crate import NAME, write_crate
 from clipseg_repro.study.front_page import with_front_page
+from clipseg_repro.study.results import recorded
+from clipseg_repro.study.scales import SCALES
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -126,6 +133,27 @@ def test_readme_lists_every_notebook():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"):
         assert f"`{path.stem}`" in readme
+
+
+def test_the_crate_is_current(tmp_path):
+    """What the provenance gives; its files are kept, as it says, and a reader of the standard finds its way. After new
+    results: make readme."""
+    results = ROOT / "results"
+    (tmp_path / "provenance.json").write_bytes((results / "provenance.json").read_bytes())
+    write_crate(replace(SCALES["mini"], results=tmp_path))
+    assert (results / NAME).read_bytes() == (tmp_path / NAME).read_bytes()
+    crate = ROCrate(results)
+    assert crate.root_dataset["citation"]["author"][1]["name"] == "Alexander Ecker"
+    files = {unquote(each.id): each["sha256"] for each in crate.data_entities if each.type == "File"}
+    assert {path: sha256(results / path) for path in files} == files
+    listed = subprocess.run(["git", "ls-files", "-z", "results"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert not listed or {f"results/{path}" for path in files} <= set(listed.split("\0"))
+    made = {unquote(each["result"].id): each for each in crate.root_dataset["mentions"]}
+    assert set(made) == set(recorded(replace(SCALES["mini"], results=results)))
+    action = made["measured/clipseg-pc+.npz"]
+    entry = recorded(replace(SCALES["mini"], results=results))["measured/clipseg-pc+.npz"]
+    assert entry["commit"] in action["instrument"]["name"] and action["endTime"] == entry["time"]
+    assert "decoders/clipseg-pc+.safetensors" in [each.id for each in action["object"]]
 
 
 def test_the_readmes_table_is_current():

@@ -29,6 +29,9 @@ def train(
         Path | None,
         typer.Option("--data", help="A CSV of your own (image,mask,phrase[,split]) to train on; for fine-tune."),
     ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write the curve for TensorBoard too, to RUN/logs.")
+    ] = False,
 ):
     """Train a model, saved in results/training/RUN (RUN-seed1 ...) with its curve and checkpoint; goes on where it was
     stopped. `accelerate launch -m clipseg_repro.cli train ...` shares the work among processes or GPUs."""
@@ -40,10 +43,10 @@ def train(
     if (run is None) == (table is None):
         raise InputError("name a run, as clipseg-pc+, or give --table with a table's number: one of the two")
     if run in PRETRAINING:
-        if steps or start or (source and run != "mini-clip"):
+        if steps or start or tensorboard or (source and run != "mini-clip"):
             raise InputError(
                 f"{run} has its own curriculum, from nothing (mini-clip also from a --source at 112 px): leave out "
-                "--steps, --from and --source"
+                "--steps, --from, --tensorboard and --source"
             )
         PRETRAINING[run](chosen.run_folder(run, seed), seed=seed, **({"source": source} if source else {}))
     elif run and run not in experiments():  # before the data are built
@@ -52,7 +55,7 @@ def train(
         raise InputError("fine-tune and --data FILE.csv belong together: name the run fine-tune, and your table")
     else:
         for each in [run] if run else of_table(table):
-            train_run(each, chosen, seed, steps, source, own, start)
+            train_run(each, chosen, seed, steps, source, own, start, tensorboard)
             typer.echo(f"The model is in {chosen.run_folder(each, seed) / 'model'}")
         return
     typer.echo(f"The model is in {chosen.run_folder(run, seed) / 'model'}")

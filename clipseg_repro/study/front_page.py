@@ -1,4 +1,4 @@
-"""The README's main table and the ledger's summary, made from results/: `make readme`."""
+"""The README's main table and the ledger's summary, made from results/: `make readme`, which renews the crate too."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,8 @@ import pandas as pd
 
 from clipseg_repro.errors import InputError
 from clipseg_repro.files import written_whole
+from clipseg_repro.study.crate import write_crate
+from clipseg_repro.study.scales import get_scale
 
 BEGIN, END = "<!-- made by make readme -->", "<!-- end -->"
 METRICS = {"miou": "mIoU", "iou_fg": "IoU_FG", "ap": "AP"}
@@ -70,3 +72,4 @@ if __name__ == "__main__":
     text = with_front_page(path.read_text(encoding="utf-8"), path.parent / "results")
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+    write_crate(get_scale())

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from clipseg_repro.datasets.catalogue import CATALOGUE
 from clipseg_repro.errors import InputError
+from clipseg_repro.study.crate import write_crate
 from clipseg_repro.study.measured import decoder_file, keep_decoder, load_run, measure, measured, parts, store
 from clipseg_repro.study.scales import Scale, data_root
 from clipseg_repro.study.tables import SEEDS, claims, rows
@@ -52,6 +53,7 @@ def study(scale: Scale, only: Iterable[str] = ()):
         if not decoder_file(run, seed, scale).exists():
             train_run(run, scale, seed)
         measure_run(run, seed, scale)
+    write_crate(scale)
 
 
 def measure_run(run: str, seed: int, scale: Scale):
@@ -70,11 +72,12 @@ def train_run(
     source: str | None = None,
     own: Path | None = None,
     start: str | None = None,
+    tensorboard: bool = False,
 ):
     """Train a run of experiments.yaml in `Scale.run_folder`, and keep its decoder for the study (`measured`).
 
     steps, source: instead of the scale's. start: a model whose decoder is trained on. own: a CSV to train on, for
-    fine-tune. Raises InputError as `training.train`.
+    fine-tune. tensorboard, and InputError: as `training.train`.
     """
     settings, folder = experiments()[run], scale.run_folder(run, seed)
     source = start or source or scale.source(settings["model"])  # before the data are built
@@ -84,6 +87,7 @@ def train_run(
     budget |= {"start": "source"} if start else {}
     root = own or scale.data / CATALOGUE[settings["dataset"]].folder
     keep = data_root() / "activations"
-    train(run, root, folder, source=source, seed=seed, keep=keep, words=scale.words(), **budget)
+    more = {"keep": keep, "words": scale.words(), "tensorboard": tensorboard}
+    train(run, root, folder, source=source, seed=seed, **more, **budget)
     if not (own or steps or start):
         keep_decoder(run, seed, scale, load_file(folder / "model" / "model.safetensors"))

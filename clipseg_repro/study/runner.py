@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from clipseg_repro.errors import InputError
 from clipseg_repro.files import sha256, sweep
+from clipseg_repro.study.crate import write_crate
 from clipseg_repro.study.results import PACKAGE, recorded
 from clipseg_repro.study.scales import get_scale, project_root
 
@@ -44,12 +45,12 @@ def notebooks(only=()) -> list[Path]:
 def reproduce(only=(), scale: str = "mini", resume: bool = True, limit: int | None = None) -> list[Path]:
     """Run the notebooks (all, or those that `only` names) and return their executed copies.
 
-    Notebooks write tables and figures to results/ themselves; here executed copies go to results/executed and what
-    they print to results/logs. With `resume`, a notebook that has run is not run again unless it, the package or the
-    scale has changed since, or one of its tables and figures is no longer there as it was written and recorded. The
-    kernel is this interpreter's, whatever kernels are installed. `limit`: of those notebooks that have such a
-    parameter, for a quick pass. Raises NotebookFailed, or InputError if results/
-    cannot be written or its provenance.json is damaged.
+    Notebooks write tables and figures to results/ themselves; here executed copies go to results/executed, what they
+    print to results/logs, and at the end the crate that describes the results is made anew. With `resume`, a notebook
+    that has run is not run again unless it, the package or the scale has changed since, or one of its tables or figures
+    is no longer there as it was written and recorded. The kernel is this interpreter's, whatever kernels are installed.
+    `limit`: of those notebooks that have such a parameter, for a quick pass. Raises NotebookFailed, or InputError if
+    results/ cannot be written or its provenance.json is damaged.
     """
     chosen, scale = notebooks(only), get_scale(scale)
     executed, logs = scale.results / "executed", scale.results / "logs"
@@ -70,6 +71,7 @@ def reproduce(only=(), scale: str = "mini", resume: bool = True, limit: int | No
             else:
                 _run(path, copy, logs / f"{path.stem}.log", scale, parameters, key, label)
             copies.append(copy)
+        write_crate(scale)
     except OSError as error:
         raise InputError(
             f"cannot write '{error.filename or scale.results}' ({error.strerror or error}): free disk space, make the "

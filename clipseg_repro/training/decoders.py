@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,7 @@ def train(
     validate_on: int = 30,
     keep: Path | None = None,
     words: Words | None = None,
+    tensorboard: bool = False,
     **budget,
 ):
     """Train a decoder for `run`, on the data in `root` (see `samples`), and save the model to `folder/model`. It is a
@@ -162,18 +164,22 @@ def train(
     of the run, as `Scale.budget` gives them. `keep`: a folder for what the frozen backbone makes of the pictures, where
     the run crops them once (`crop_once`); runs on the same backbone share it. Progress, curve and checkpoint are
     `loop.fit`'s, in `folder`: a killed run resumes exactly. `validate_on`: images of the val split in the curve.
-    `words`: what held-out classes are called, for runs that leave some out.
-    Returns the trained Segmenter. Raises InputError for an unknown run and for a source of another kind of model.
+    `words`: what held-out classes are called, for runs that leave some out. `tensorboard`: the curve, and the learning
+    rate, go to `folder/logs` too. Returns the trained Segmenter. Raises InputError for an unknown run, for a source of
+    another kind of model, and where TensorBoard is asked for and not installed.
     """
     if run not in experiments():
         raise InputError(f"unknown run '{run}': choose one of {', '.join(experiments())}")
+    if tensorboard and not find_spec("tensorboard"):  # which accelerate would pass over in silence
+        raise InputError("--tensorboard needs a package that is not here: pip install tensorboard, or leave it out")
     settings = experiments()[run] | budget | {"run": run, "seed": seed}
     settings = {key: value for key, value in settings.items() if key not in ("method", "tables")}
     steps = settings["iterations"]
     processes = PartialState()
     device = processes.device
     dtype = fast_dtype(device)
-    accelerator = Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
+    precision, trackers = "bf16" if dtype == torch.bfloat16 else "no", ["tensorboard"] if tensorboard else []
+    accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=folder)
     # this processor is saved as it is: tokenizing leaves its padding in the other
     model, untouched = untrained(settings, source)
     frozen, processor = untrained(settings, source)  # what no gradient reaches, as fast as can be
@@ -253,6 +259,11 @@ def train(
         optimiser.zero_grad(set_to_none=True)
         return {"loss": total}
 
+    def log(row: dict[str, float], step: int):
+        accelerator.log(row | {"learning_rate": schedule.get_last_lr()[0]}, step)
+
+    with writing(folder):
+        accelerator.init_trackers("logs")
     with fast_attention(model.decoder):
         fit(
             run,
@@ -264,7 +275,10 @@ def train(
             settings,
             validate=lambda: validate(model, processor, val, validate_on),
             every=min(250, -(-steps // 4)),  # quarters: a rest of two steps would be all noise
+            log=log,
         )
+    for tracker in accelerator.trackers:  # end_training would end the processes' group too, which other runs need
+        tracker.finish()
     with writing(folder):
         if processes.is_main_process:
             model.eval().save_pretrained(Path(folder) / "model")

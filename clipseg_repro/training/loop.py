@@ -37,6 +37,7 @@ def fit(
     settings: dict,
     validate: Callable[[], dict[str, float]] | None = None,
     every: int = 500,
+    log: Callable[[dict[str, float], int], None] | None = None,
 ) -> pd.DataFrame:
     """Run `steps` optimisation steps and return the curve (one row per `every` steps, also in `folder/curve.csv`).
 
@@ -45,7 +46,8 @@ def fit(
     the same weights as one that was not. `settings` are stored with the checkpoint: a folder that holds a run with
     other settings, or a damaged checkpoint, is refused with an InputError, as is a folder that cannot be written. A
     loss that is not finite stops the run with an InputError that names the step and the batch's `samples`; the last
-    checkpoint stays. Of several processes (accelerate) the main one validates and writes.
+    checkpoint stays. `log(row, step)` is told every new row of the curve. Of several processes (accelerate) the main
+    one validates and writes.
     """
     folder, main = Path(folder), PartialState().is_main_process
     checkpoint = folder / "checkpoint.pt"
@@ -100,6 +102,8 @@ def fit(
                     totals, counted = {}, 0
                     if main:
                         save(i + 1)
+                    if log:
+                        log({key: value for key, value in curve[-1].items() if key != "step"}, i + 1)
     return pd.DataFrame(curve)
 
 

@@ -30,7 +30,7 @@ open_clip, timm = import_module("open_clip"), import_module("timm")  # by name: 
 
 sys.path[:0] = [str(HERE.parent / room) for room in ("", "models")]
 import test_backbones as cases  # noqa: E402
-from test_parity import figures, image, random_weight  # noqa: E402
+from full_size import figures, image, random_weight  # noqa: E402
 
 VIT = {"img_size": 64, "patch_size": 16, "embed_dim": 128, "depth": 2, "num_heads": 2, "num_classes": 10}
 RESNET = {

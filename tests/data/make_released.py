@@ -3,7 +3,7 @@
     PYTHONPATH=. python tests/data/make_released.py CLIPSEG CLIP
 
 CLIPSEG and CLIP are checkouts of timojl/clipseg and openai/CLIP. Their modules are imported as they are, with these
-stand-ins: `clip.load` gives a full-size CLIP with the random weights of tests/models/test_parity.py, renamed, in place
+stand-ins: `clip.load` gives a full-size CLIP with the random weights of tests/models/full_size.py, renamed, in place
 of a download; `clip.tokenize` gives that file's token ids, padded as CLIP pads; torchvision's constant padding is
 torch's; scipy.integrate.simps, gone since SciPy 1.14, is simpson(y, x=x); `general_utils` is nothing but a log.
 """

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import spread, tiny_config, tiny_processor
+from full_size import figures, image, set_random_weights
 from safetensors.torch import save_file
-from test_parity import figures, image, set_random_weights
 from transformers import CLIPSegForImageSegmentation
 
 from clipseg_repro import Segmenter, VisualPrompt, interpolate, load_segmenter

@@ -5,20 +5,21 @@ data/released_logits.json holds the authors' figures; data/make_released.py made
 """
 
 import json
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
+from full_size import TOKENS, figures, full_size_model, image, logits, set_decoder
 
 from clipseg_repro.models.forward import decode, embed_images, embed_texts, encode
 from clipseg_repro.prompts import interpolate
 from clipseg_repro.segmenter import Segmenter
 
-LOGITS = Path(__file__).parents[1] / "data" / "released_logits.json"
+ROOT = Path(__file__).parents[2]
+LOGITS = ROOT / "tests" / "data" / "released_logits.json"
 # (side in pixels, head, D, extracted layers); at 352 px, where positions are interpolated, the three released models
 CASES = [
     *(
@@ -31,66 +32,11 @@ CASES = [
     (352, "plain", 64, [3, 6, 9]),
     (352, "refined", 64, [3, 6, 9]),
 ]
-# "cat." and "a photo of a cat." in CLIP's vocabulary, which is not shipped; the first is the text prompt, the second is
-# mixed
-TOKENS = [[49406, 2368, 269, 49407], [49406, 320, 1125, 539, 320, 2368, 269, 49407]]
 VISUAL_SHARE = 0.25
 
 
 def case_name(size, head, width, layers):
     return f"{size} px, {head} head, D = {width}, layers {layers}"
-
-
-def random_weight(name, shape):
-    """The weight that transformers calls `name`, the same on every machine: uniform numbers need no transcendental
-    function."""
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    values = torch.rand(shape, generator=generator).sub_(0.5).mul_(12**0.5)  # variance 1
-    if len(shape) > 1:
-        return values.mul_(values[0].numel() ** -0.5)  # keeps the variance of what it multiplies
-    is_scale = "norm" in name and name.endswith("weight")
-    return values.mul_(0.1).add_(1.0 if is_scale else 0.0)
-
-
-def set_random_weights(module, prefix=""):
-    with torch.no_grad():
-        for name, parameter in module.named_parameters(prefix):
-            parameter.copy_(random_weight(name, parameter.shape))
-
-
-def full_size_model():
-    model = CLIPSegForImageSegmentation(CLIPSegConfig(vision_config={"patch_size": 16})).eval()
-    set_random_weights(model)
-    return model
-
-
-def set_decoder(model, head, width, layers):
-    """Give `model` another decoder with weights of its own; CLIP stays as it is."""
-    model.config.use_complex_transposed_convolution = head == "refined"
-    model.config.reduce_dim = width
-    model.config.extract_layers = model.extract_layers = layers
-    model.decoder = type(model.decoder)(model.config).eval()
-    set_random_weights(model.decoder, "decoder")
-
-
-def image(name, size):
-    """A smooth picture with noise, (1, 3, size, size), in the range of normalised images."""
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    coarse = torch.rand((1, 3, 7, 7), generator=generator) * 4 - 2
-    smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear", align_corners=True)
-    return smooth + torch.rand((1, 3, size, size), generator=generator) - 0.5
-
-
-def figures(logits):
-    """What is stored of one (S, S) map: mean, standard deviation, range, and twelve logits spread over it."""
-    places = torch.linspace(0, logits.numel() - 1, 12).long()
-    logits = logits.double()
-    return {
-        "mean": logits.mean().item(),
-        "std": logits.std().item(),
-        "range": (logits.max() - logits.min()).item(),
-        "logits": logits.flatten()[places].tolist(),
-    }
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +87,16 @@ def test_logits_equal_the_authors(case, model, encoded):
     assert torch.pdist(ours.flatten(1), float("inf")).min() > 0.03 * (ours.max() - ours.min())
 
 
-def test_logits_equal_the_whole_forward_of_transformers(model, encoded):
-    """The released refined model at 352 px, called as documented; the phrase is not padded here."""
-    set_decoder(model, "refined", 64, [3, 6, 9])
+@pytest.mark.parametrize("head", ["plain", "refined"])
+def test_logits_equal_the_whole_forward_of_transformers(head, model, encoded):
+    """The released models at 352 px, called as documented; the phrase is not padded here. And the table of versions has
+    them: after an upgrade, make versions shows whether logits shifted."""
+    library = logits(model, head)
     with torch.no_grad():
         (ours,) = decode(model, encoded[352, "[3, 6, 9]"], encoded[352][:1])
-        library = model(pixel_values=image("query", 352), input_ids=torch.tensor(TOKENS[:1])).logits
-    tolerance = 1e-5 * float(ours.max() - ours.min())
-    torch.testing.assert_close(ours, library.reshape(352, 352), rtol=0, atol=tolerance)
+    torch.testing.assert_close(ours, library, rtol=0, atol=1e-5 * float(ours.max() - ours.min()))
+    table = pd.read_csv(ROOT / "results" / "tables" / "versions.csv", dtype=str)
+    (pinned,) = table[table.support == "pinned"].to_dict("records")
+    assert f"transformers=={pinned['transformers']}" in (ROOT / "requirements.txt").read_text().splitlines()
+    stored = [float(value) for value in pinned[f"logits, {head} head"].split()]
+    assert figures(library)["logits"][: len(stored)] == pytest.approx(stored, abs=1e-4)

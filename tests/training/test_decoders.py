@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clipseg_repro.errors import InputError
 from clipseg_repro.models.loading import load_model
@@ -125,6 +126,22 @@ def test_training_on_kept_outputs(tiny_folder, data, tmp_path, monkeypatch, one_
     train("clipseg-pc+", data, tmp_path / "without", **budget | {"keep": None})
     kept, computed = decoder(tmp_path / "first" / "model"), decoder(tmp_path / "without" / "model")
     assert (kept - computed).abs().mean() < 2e-5  # kept in half precision; a step moves a weight by 1e-3
+
+
+def test_tensorboard_has_the_curve(tiny_folder, data, tmp_path, monkeypatch):
+    budget = {"iterations": 4, "batch": 4, "phrases_per_image": 2, "validate_on": 1, "source": str(tiny_folder)}
+    train("clipseg-pc+", data, tmp_path, tensorboard=True, **budget)
+    curve = pd.read_csv(tmp_path / "curve.csv").set_index("step")
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    logged = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    assert set(logged) == {*curve, "learning_rate"}
+    for tag in curve:
+        assert logged[tag] == pytest.approx(curve[tag].to_dict(), rel=1e-6), tag
+    assert logged["learning_rate"][4] < logged["learning_rate"][1] < 0.001
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(InputError, match="--tensorboard needs a package that is not here: pip install tensorboard"):
+        train("clipseg-pc+", data, tmp_path / "without", tensorboard=True, **budget)
+    assert not (tmp_path / "without").exists()
 
 
 def test_unknown_run_is_named(data, tmp_path):
