@@ -103,7 +103,7 @@ def fit(
                     if main:
                         save(i + 1)
                     if log:
-                        log({key: value for key, value in curve[-1].items() if key != "step"}, i + 1)
+                        log({k: v for k, v in curve[-1].items() if k not in ("step", "device")}, i + 1)
     return pd.DataFrame(curve)
 
 
