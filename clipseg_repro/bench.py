@@ -85,7 +85,7 @@ def documented(model, processor, image: np.ndarray, texts: list[str]) -> torch.T
 
 def prompts_table(model, processor, default: torch.dtype, repeats: int) -> pd.DataFrame:
     """One row per number of prompts and dtype of ours, float32 and the device's `default`. The documented call is in
-    float32; `difference_ppm`: the largest difference of the logits, in millionths of the largest logit. Every run of
+    float32; `difference_percent`: the largest difference of the logits, in percent of the largest logit. Every run of
     ours starts without cached texts; neither side's time includes setting the model up.
     """
     image = np.random.default_rng(0).integers(0, 256, (RELEASED_SIZE, RELEASED_SIZE, 3), dtype=np.uint8)
@@ -105,20 +105,20 @@ def prompts_table(model, processor, default: torch.dtype, repeats: int) -> pd.Da
 
         model.float()
         expected = peer()
-        row = {"difference_ppm": _ppm(ours(), expected)}
+        row = {"difference_percent": _percent(ours(), expected)}
         seconds = medians({"ours": ours, "documented": peer}, repeats)
         rows.append(_row(prompts, "float32", seconds, goal) | row)
         if default != torch.float32:
             model.to(default)
-            row = {"difference_ppm": _ppm(ours(), expected)}
+            row = {"difference_percent": _percent(ours(), expected)}
             seconds |= medians({"ours": ours}, repeats)
             goal = DEFAULT_DTYPE_GOAL[1] if prompts == DEFAULT_DTYPE_GOAL[0] else np.nan
             rows.append(_row(prompts, str(default).split(".")[1], seconds, goal) | row)
     return pd.DataFrame(rows)
 
 
-def _ppm(ours, expected):
-    return 1e6 * float((ours - expected).abs().max() / expected.abs().max())
+def _percent(ours, expected):
+    return 100 * float((ours - expected).abs().max() / expected.abs().max())
 
 
 def _row(prompts, dtype, seconds, goal):

@@ -185,6 +185,12 @@ def prepare(prompt, image_processor):
     return EVERY_RECIPE[prompt.recipe].apply(pixels, small), small
 
 
+def as_seen(prompt, image_processor):
+    """What the image tower is given for a VisualPrompt, as a picture, (S, S, 3) uint8 RGB: the normalisation undone."""
+    pixels, _ = prepare(prompt, image_processor)
+    return np.round(255 * _to_array(_denormalise(pixels))).astype(np.uint8)
+
+
 def _blur(pixels, sigma):
     scale = pixels.shape[-1] / RELEASED_SIZE
     side = max(3, 2 * round((15 * scale - 1) / 2) + 1)

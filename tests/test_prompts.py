@@ -21,6 +21,7 @@ from clipseg_repro.prompts import (
     TRAIN_TEMPLATES,
     Recipe,
     VisualPrompt,
+    as_seen,
     interpolate,
     prepare,
     to_pixels,
@@ -36,6 +37,16 @@ def test_recipes_are_the_rows_of_table_2():
     with table.open(encoding="utf-8") as file:
         rows = [row["method"] for row in csv.DictReader(file) if row["table"] == "T2"]
     assert list(RECIPES) == rows
+
+
+def test_a_prompt_as_seen_is_its_picture_where_the_recipe_leaves_it():
+    """Only a normalisation lies between, and the colour that a normalised zero stands for is ImageNet's mean."""
+    image = np.random.default_rng(0).integers(0, 256, (352, 352, 3), dtype=np.uint8)
+    mask = np.zeros((352, 352), bool)
+    mask[:, :100] = True
+    seen = as_seen(VisualPrompt(image, mask, "BG intensity 0%"), tiny_processor(size=352).image_processor)
+    assert np.abs(seen[mask].astype(int) - image[mask]).max() <= 1
+    assert (seen[~mask] == [124, 116, 104]).all()
 
 
 # Recipes

@@ -171,6 +171,12 @@ class SegmentationMetrics(Metric):
         return _iou(counts, add_one=self.convention == "released")
 
 
+def ious(counts, threshold: float) -> np.ndarray:
+    """(N,): the foreground IoU of each of N samples at one threshold, of their stacked `threshold_counts` (N, 49, 4);
+    the mean is PhraseCut's mIoU (released convention)."""
+    return _iou(torch.as_tensor(counts)[:, _threshold_index(threshold)])[0].numpy()
+
+
 def bootstrap(counts, clusters, threshold: float = 0.3, n: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
     """95% percentile intervals of the figures at one threshold: of what `resampled` gives."""
     figures = resampled(counts, clusters, threshold, n, seed)

@@ -19,6 +19,7 @@ from clipseg_repro.evaluation.metrics import (
     THRESHOLDS,
     SegmentationMetrics,
     bootstrap,
+    ious,
     threshold_counts,
 )
 
@@ -385,6 +386,13 @@ def test_classes_by_hand():
 def sample_counts(name):
     maps, targets, _ = case(name)
     return torch.stack([threshold_counts(p, t) for p, t in zip(maps, targets, strict=True)])
+
+
+def test_ious_of_samples_by_hand():
+    half, none = np.array([[3, 2, 4, 1]]), np.array([[0, 0, 0, 10]])
+    counts = np.stack([half.repeat(49, 0), none.repeat(49, 0)])
+    assert ious(counts, 0.5).tolist() == [3 / 10, 0.0]  # 3 / (1 + 3 + 2 + 4)
+    assert SegmentationMetrics.from_counts(counts).at(0.5)["miou"] == pytest.approx(0.15)
 
 
 def test_bootstrap_equals_resampling_the_metric():
