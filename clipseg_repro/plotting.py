@@ -122,6 +122,13 @@ def prompt_grid(images, prompts, maps, titles=None, outlines=None):
         return _closed(figure)
 
 
+def outlined(image, marked, truth):
+    """The image with the outlines of the truth (white) and, above it, of what is found (vermillion), (H, W, 3) uint8;
+    and the IoU of the two in [0, 1] (0 where both are empty). marked, truth: (H, W) bool."""
+    iou = (marked & truth).sum() / max(1, (marked | truth).sum())
+    return contour(contour(image, truth), marked, OKABE_ITO["vermillion"]), float(iou)
+
+
 def panels(images, titles, columns=None):
     """Pictures side by side under their titles.
 

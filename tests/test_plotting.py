@@ -10,7 +10,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from clipseg_repro.errors import InputError
-from clipseg_repro.plotting import PALETTE, bars, contour, curves, heat, overlay, panels, prompt_grid
+from clipseg_repro.plotting import PALETTE, bars, contour, curves, heat, outlined, overlay, panels, prompt_grid
 
 
 def png(figure):
@@ -70,6 +70,15 @@ def test_heat_shows_the_true_outline(picture, probability, picture_mask):
     plain, outlined = heat(picture, probability), heat(picture, probability, outline=picture_mask)
     np.testing.assert_array_equal(outlined, contour(plain, picture_mask))
     assert (outlined != plain).any()
+
+
+def test_outlined_shows_both_and_their_iou(picture, picture_mask):
+    shown, iou = outlined(picture, picture_mask, ~picture_mask)
+    assert iou == 0 and (shown != picture).any()
+    half = picture_mask & (np.arange(picture.shape[1]) < picture.shape[1] / 2)
+    assert outlined(picture, half, picture_mask)[1] == pytest.approx(half.sum() / picture_mask.sum())
+    nothing = np.zeros_like(picture_mask)
+    assert outlined(picture, nothing, nothing)[1] == 0
 
 
 @pytest.mark.parametrize("draw", [overlay, heat, contour])
