@@ -7,6 +7,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from torchmetrics.functional.classification import (
+    binary_average_precision,
+    binary_jaccard_index,
+    multiclass_jaccard_index,
+)
 
 from clipseg_repro.prompts import RECIPES
 
@@ -126,3 +131,108 @@ def ignorant_loss(yours: Callable):
         right = F.binary_cross_entropy(torch.full((100,), ones / 100), mask).item()
         found = float(_filled(yours(ones / 100)))
         assert np.isclose(found, right, atol=1e-4), f"share {ones / 100}: {found:.4f}, but PyTorch has {right:.4f}"
+
+
+def two_ious(yours: Callable):
+    """yours(hits, false, missed), pixels of N phrases (N,) each: their mIoU and IoU_FG, nothing added."""
+    chance, size = torch.Generator().manual_seed(0), (5, 8, 8)
+    maps = torch.rand(size, generator=chance) > torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]).view(5, 1, 1)
+    truth = torch.rand(size, generator=chance) > 0.5
+    hits, false, missed = ((a & b).sum((1, 2)).numpy() for a, b in ((maps, truth), (maps, ~truth), (~maps, truth)))
+    found = _filled(yours(hits, false, missed))
+    assert np.size(found) == 2, "two numbers: mIoU, then IoU_FG"
+    alone = np.mean([binary_jaccard_index(a, b) for a, b in zip(maps, truth)])
+    pooled = float(binary_jaccard_index(maps, truth))
+    assert np.isclose(found[0], alone, atol=1e-6), "mIoU: hits / (hits + false + missed) for each phrase, then the mean"
+    assert np.isclose(found[1], pooled, atol=1e-6), "IoU_FG: sum each count over all phrases first, then one IoU"
+
+
+@answers
+def average_precision(yours: Callable):
+    """yours(probability, truth), (N,) floats and (N,) bool: the exact AP of N pixels."""
+    rng = np.random.default_rng(0)
+    probability, truth = rng.permutation(200) / 200, rng.random(200) < 0.3
+    found = _filled(yours(probability, truth))
+    theirs = float(binary_average_precision(torch.from_numpy(probability), torch.from_numpy(truth).long()))
+    assert not np.isclose(found, truth.mean(), atol=1e-3), "that is the share of objects; sort the pixels first"
+    assert np.isclose(found, theirs, atol=1e-4), (
+        "sort by probability, highest first; precision after k pixels is the share of objects among them; average it "
+        "over the k at which an object's pixel is met"
+    )
+
+
+@answers
+def named(yours: Callable):
+    """yours(maps), (C, H, W) probabilities of which the first is the background's: the label of every pixel, (H, W)."""
+    maps = np.array([[[0.3, 0.3, 0.05]], [[0.5, 0.95, 0.1]], [[0.7, 0.1, 0.2]]])
+    given = maps.copy()
+    found = np.asarray(_filled(yours(maps)))
+    assert found.shape == (1, 3), f"a label for every pixel: shape {maps.shape[1:]}, not {found.shape}"
+    assert np.array_equal(maps, given), "leave the maps that you are given as they are: work on a copy"
+    assert not np.array_equal(found, maps.argmax(0)), "the background counts three times"
+    assert np.array_equal(found, [[0, 1, 2]]), "the place of the highest value along the first axis"
+
+
+@answers
+def class_ious(yours: Callable):
+    """yours(guess, truth, classes), two (H, W) label maps, 255 void in the truth: the IoU of each class, (classes,)."""
+    rng = np.random.default_rng(0)
+    truth, guess = rng.integers(0, 4, (20, 20)), rng.integers(0, 4, (20, 20))
+    guess[:10] = truth[:10]
+    truth[:, :3] = 255
+    found = np.asarray(_filled(yours(guess.copy(), truth.copy(), 4)), float)
+    assert found.shape == (4,), f"one IoU for each class: shape (4,), not {found.shape}"
+    with_void = [((guess == c) & (truth == c)).sum() / ((guess == c) | (truth == c)).sum() for c in range(4)]
+    assert not np.allclose(found, with_void), "where the truth is 255 no pixel counts, in the guess either"
+    theirs = multiclass_jaccard_index(*map(torch.from_numpy, (guess, truth)), 4, average=None, ignore_index=255)
+    assert np.allclose(found, theirs, atol=1e-6), "of class c: pixels that are c in both, over those in either"
+
+
+@answers
+def fold_miou(yours: Callable):
+    """yours(hits, false, missed, classes), (N,) each, of N episodes: the mIoU of their fold, nothing added."""
+    hits, false, missed = np.array([[8, 0, 5, 1], [2, 10, 0, 0], [0, 0, 5, 1]])
+    found = _filled(yours(hits, false, missed, np.array([3, 3, 4, 7])))
+    assert not np.isclose(found, (0.8 + 0 + 0.5 + 0.5) / 4), "a class counts once, whatever its number of episodes"
+    assert not np.isclose(found, 14 / 32), "first sums within each class, then an IoU for each, then their mean"
+    assert np.isclose(found, (0.4 + 0.5 + 0.5) / 3), "sum hits, false and missed over the episodes of a class"
+
+
+@answers
+def episode(yours: Callable):
+    """yours(query, shown, held_out, rng): (class, support) of an episode; shown: every picture's classes (sets)."""
+    shown = [{1, 2, 9}, {1}, {2, 9}, {2, 3}, {9}, {1, 2}]
+    drawn = [_filled(yours(0, shown, [1, 2, 3], np.random.default_rng(seed))) for seed in range(200)]
+    assert all(np.size(pair) == 2 for pair in drawn), "two things: the class, then the support picture"
+    assert all(label in shown[0] for label, _ in drawn), "the class must be in the query"
+    assert all(label in (1, 2, 3) for label, _ in drawn), "the class must be one of the fold's"
+    assert all(support != 0 for _, support in drawn), "the query is no example of itself"
+    assert all(label in shown[support] for label, support in drawn), "the support must show the class"
+    again = yours(0, shown, [1, 2, 3], np.random.default_rng(7))
+    assert tuple(again) == tuple(drawn[7]), "draw with `rng`, and nothing else, so that a seed repeats the episode"
+    assert {tuple(map(int, pair)) for pair in drawn} == {(1, 1), (1, 5), (2, 2), (2, 3), (2, 5)}, (
+        "every class of the fold in the query, and every picture that shows it, must have a chance"
+    )
+
+
+@answers
+def property_mask(yours: Callable):
+    """yours(masks, names): where one of the named things is, (H, W) bool; masks: {name: (H, W) bool}, one at least."""
+    masks = {"horse": np.array([[True, False, False]]), "sofa": np.array([[False, True, False]])}
+    found = np.asarray(_filled(yours(masks, ("horse", "pony", "motorcycle"))))
+    assert found.shape == (1, 3) and found.dtype == bool, "a bool mask as large as those you are given"
+    assert not found[0, 1], "nobody rides a sofa: take the named things only, and pass over names that are not there"
+    assert np.array_equal(found, masks["horse"]), "a pixel belongs to it if it belongs to one of the named things"
+    assert not np.asarray(yours(masks, ("boat",))).any(), "where none of the names is, the mask is empty, not missing"
+
+
+@answers
+def best_threshold(yours: Callable):
+    """yours(counts, classes, thresholds), (N, T, 4) counts, (N,) and (T,): the best mIoU's threshold."""
+    hits, false = np.array([[5, 3, 3], [26, 11, 6], [8, 6, 0]]), np.array([[15, 11, 8], [15, 6, 4], [17, 1, 1]])
+    counts = np.stack([hits, false, np.array([[10], [30], [10]]) - hits, 90 - false], 2)
+    thresholds = np.array([0.2, 0.5, 0.8])
+    found = _filled(yours(counts, np.array([0, 0, 1]), thresholds))
+    assert np.isscalar(found) or np.ndim(found) == 0, "one number, of those in `thresholds`"
+    assert float(found) in thresholds, "the threshold itself, not its place or its mIoU"
+    assert float(found) == 0.5, "sum counts within each class, then an IoU each, their mean; the highest wins"

@@ -202,14 +202,16 @@ def claims() -> dict[str, dict]:
     return table
 
 
-def ledger(scale: Scale, recipes: pd.DataFrame | None = None) -> pd.DataFrame:
+def ledger(scale: Scale, recipes: pd.DataFrame | None = None, table: int | None = None) -> pd.DataFrame:
     """The verdict on every claim by the rule of claims.yaml: claim, statement, table, paper's two sides, this scale's
     two sides, the difference with its interval (low, high), seeds of either side, verdict, carries.
 
     recipes: a row per picture, a column per recipe, of Table 2's gains at this scale; without it, its claims cannot be
-    told."""
+    told. table: the claims of one table only."""
     made = []
     for number, claim in claims().items():
+        if table not in (None, claim["table"]):
+            continue
         both = [{"table": claim["table"], "metric": claim["metric"]} | claim[name] for name in ("larger", "smaller")]
         theirs, sides = [paper(**own) for own in both], [side(own, scale, recipes) for own in both]
         row = {"claim": number, "statement": claim["statement"], "table": claim["table"], "metric": claim["metric"]}

@@ -1,6 +1,9 @@
 """What a difference is called in prose. Words follow from a 95% interval, so that no notebook calls a tie a winner."""
 
 import numpy as np
+import pandas as pd
+
+_ORDER = ("does not hold", "cannot be told here", "holds")
 
 
 def paired(first, second, pictures=None, n: int = 1000, seed: int = 0) -> tuple[float, float, float]:
@@ -23,3 +26,19 @@ def compared(first: str, second: str, mean: float, low: float, high: float, unit
     if low > 0:
         return f"{first}: {mean:{number}}{unit} over {second} ({low:{number}} to {high:{number}})"
     return f"{first} and {second}: about equal ({mean:+{number}}{unit}, {low:+{number}} to {high:+{number}})"
+
+
+def judged(ledger: pd.DataFrame) -> str:
+    """The claims of a `tables.ledger` as a list in Markdown, those that do not hold first: the paper's two numbers,
+    this scale's, and the interval of their difference that the verdict follows from."""
+    lines = []
+    for row in sorted(ledger.itertuples(), key=lambda row: _ORDER.index(row.verdict)):
+        here = "; here not measured on both sides"
+        if row.difference == row.difference:
+            here = f"; here {row.larger:.1f} against {row.smaller:.1f}, "
+            here += f"{row.difference:+.1f} ({row.low:+.1f} to {row.high:+.1f})"
+        lines.append(
+            f"- **{row.claim} {row.verdict}**: {row.statement}. In the paper {row.paper_larger:.1f} against "
+            f"{row.paper_smaller:.1f}{here}. {row.carries}"
+        )
+    return "\n".join(lines)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import bootstrap
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from clipseg_repro.datasets import episodes
@@ -19,6 +20,7 @@ from clipseg_repro.datasets.coco import COCO
 from clipseg_repro.datasets.lvis import LVIS
 from clipseg_repro.datasets.voc import CLASSES, VOC
 from clipseg_repro.evaluation.benchmarks import BENCHMARKS, COLUMNS, Budget, evaluate
+from clipseg_repro.evaluation.by_class import ClassResult
 from clipseg_repro.evaluation.generalized import PROMPTS, generalized
 from clipseg_repro.evaluation.metrics import resampled, threshold_counts
 from clipseg_repro.evaluation.one_shot import one_shot, squared
@@ -144,6 +146,21 @@ def test_intervals_of_classes_are_those_of_a_loop():
         rows = np.concatenate([np.flatnonzero(images == image) for image in chosen])
         sums = [counts[rows[groups[rows] == g], 14].sum(0) for g in set(groups[rows])]
         assert value == pytest.approx(np.mean([tp / (1 + tp + fp + fn) for tp, fp, fn, _ in sums]))
+
+
+def test_intervals_of_one_class_are_scipys():
+    rng = np.random.default_rng(0)
+    samples = pd.DataFrame({"fold": 0, "picture": range(60), "class": ["cat"] * 40 + ["dog"] * 20})
+    result = ClassResult(samples, rng.integers(0, 50, (60, 49, 4)))
+    cat = result.table(0.3).set_index("class").loc["cat"]
+    hits, false, missed, _ = result.counts[:40, 14].T
+
+    def iou(hits, false, missed, axis):
+        return hits.sum(axis) / (hits.sum(axis) + false.sum(axis) + missed.sum(axis))
+
+    theirs = bootstrap((hits, false, missed), iou, paired=True, method="percentile", n_resamples=2000, rng=1)
+    assert cat.iou == pytest.approx(iou(hits, false, missed, 0), abs=1e-3)
+    assert (cat.iou_low, cat.iou_high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.01)
 
 
 def test_generalized_prompts_mean_all_the_named_objects(world, model):

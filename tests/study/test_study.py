@@ -139,6 +139,7 @@ def test_a_table_says_what_is_not_measured(scale):
     assert set(shown["miou", "mini"][ours]) == {"not measured"} and set(shown["miou", "mini"][~ours]) == {""}
     assert shown.loc[("CLIPSeg (PC+)", "text"), ("miou", "paper")] == "43.4"
     verdicts = tables.ledger(scale)
+    assert set(tables.ledger(scale, table=7).claim) == {"C15"}
     assert set(verdicts.verdict) == {"cannot be told here"}
 
 
