@@ -63,19 +63,34 @@ def overlay(image, probability, colour=OKABE_ITO["vermillion"], strength=0.65, o
     return cv2.drawContours(out, outlines, -1, (255, 255, 255), max(1, round(min(out.shape[:2]) / 200)))
 
 
-def heat(image, probability, strength=0.7):
-    """The map as viridis colours over the grey image: (H, W, 3) uint8. Arguments as for `overlay`."""
+def heat(image, probability, strength=0.7, outline=None):
+    """The map as viridis colours over the grey image, with the outline of the mask `outline` (H, W) if there is one:
+    (H, W, 3) uint8. Arguments as for `overlay`."""
     image, values = _image_and_map(image, probability)
     grey = image.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
     colours = 255 * plt.get_cmap(HEAT)(values.astype(np.float64))[..., :3]
-    return np.round((1 - strength) * grey[..., None] + strength * colours).astype(np.uint8)
+    out = np.round((1 - strength) * grey[..., None] + strength * colours).astype(np.uint8)
+    return out if outline is None else contour(out, outline)
 
 
-def prompt_grid(images, prompts, maps, titles=None):
+def contour(image, mask, colour="white"):
+    """The image with the outline of a mask (H, W), edged in black so that it shows on every ground: (H, W, 3) uint8.
+
+    The picture keeps its colours, which a tint would hide. Call again to draw one outline over another.
+    """
+    image, mask = _image_and_map(image, mask)
+    outlines, _ = cv2.findContours((mask > 0.5).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    thick = max(1, round(min(image.shape[:2]) / 120))
+    out = cv2.drawContours(image.copy(), outlines, -1, (0, 0, 0), thick + 2)
+    return cv2.drawContours(out, outlines, -1, [round(255 * value) for value in to_rgb(colour)], thick)
+
+
+def prompt_grid(images, prompts, maps, titles=None, outlines=None):
     """A grid like Figure 4: one row per query image, first the image itself, then one heat map per prompt.
 
     images: N images. prompts: K labels that head the columns, or N lists of K labels, which then head every map. maps:
     N arrays (K, H, W) of probabilities, each at its image's size. titles: N labels of the images, none by default.
+    outlines: the truth, N lists of K masks (H, W), or None where there is none.
     """
     images = [load_image(image) for image in images]
     shared = bool(prompts) and all(isinstance(prompt, str) for prompt in prompts)
@@ -85,22 +100,25 @@ def prompt_grid(images, prompts, maps, titles=None):
             f"prompt_grid: {len(images)} images with {[len(row) for row in labels]} labels and "
             f"{[len(row) for row in maps]} maps: give one array of maps per image and one label per map"
         )
+    outlines = [[None] * len(row) for row in labels] if outlines is None else outlines
+    if [len(row) for row in outlines] != [len(row) for row in labels]:
+        raise InputError(f"prompt_grid: {[len(row) for row in outlines]} outlines: give a mask or None for every map")
     columns = 1 + max(len(row) for row in labels)
-    side = min(2.0, WIDTH / columns)
+    side = min(2.0, 1.05 * WIDTH / columns)
     with plt.rc_context(_STYLE):
-        size = (columns * side + 0.6, len(images) * (side + 0.12) + (0 if shared else 0.3 * len(images)))
+        size = (columns * side, 0.5 + len(images) * (side + 0.12) + (0 if shared else 0.3 * len(images)))
         figure, axes = plt.subplots(len(images), columns, figsize=size, squeeze=False)
         for axis in axes.flat:
             axis.axis("off")
         for i, (row, image) in enumerate(zip(axes, images, strict=True)):
             row[0].imshow(image)
             row[0].set_title(_wrap(titles[i], side) if titles else "query image" if i == 0 else "")
-            for axis, label, probability in zip(row[1:], labels[i], maps[i], strict=False):
-                axis.imshow(heat(image, probability))
+            for axis, label, probability, truth in zip(row[1:], labels[i], maps[i], outlines[i], strict=False):
+                axis.imshow(heat(image, probability, outline=truth))
                 if i == 0 or not shared:
                     axis.set_title(_wrap(label, side))
         scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), HEAT)
-        figure.colorbar(scale, ax=axes, label="probability", fraction=0.02, aspect=30, shrink=min(1, 2 / len(images)))
+        figure.colorbar(scale, ax=axes, label="probability", location="bottom", fraction=0.03, aspect=40, shrink=0.5)
         return _closed(figure)
 
 

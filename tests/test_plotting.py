@@ -10,7 +10,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from clipseg_repro.errors import InputError
-from clipseg_repro.plotting import PALETTE, bars, curves, heat, overlay, panels, prompt_grid
+from clipseg_repro.plotting import PALETTE, bars, contour, curves, heat, overlay, panels, prompt_grid
 
 
 def png(figure):
@@ -54,7 +54,25 @@ def test_heat_is_viridis_at_full_strength():
     assert (out[0] == expected).all()
 
 
-@pytest.mark.parametrize("draw", [overlay, heat])
+def test_contour_draws_the_edge_and_keeps_the_colours():
+    image, mask = np.full((40, 60, 3), 77, np.uint8), np.zeros((40, 60), bool)
+    mask[10:30, 20:50] = True
+    edge = mask & ~cv2.erode(mask.astype(np.uint8), np.ones((3, 3))).astype(bool)
+    out = contour(image, mask, "#D55E00")
+    assert (out[edge] == [213, 94, 0]).all()
+    assert (out[9, 20:50] == 0).all()  # the black on either side
+    assert (out[11, 21:49] == 0).all()
+    assert (out[14:26, 24:46] == 77).all()
+    assert (out[:6] == 77).all()
+
+
+def test_heat_shows_the_true_outline(picture, probability, picture_mask):
+    plain, outlined = heat(picture, probability), heat(picture, probability, outline=picture_mask)
+    np.testing.assert_array_equal(outlined, contour(plain, picture_mask))
+    assert (outlined != plain).any()
+
+
+@pytest.mark.parametrize("draw", [overlay, heat, contour])
 def test_maps_that_do_not_fit_are_refused(draw, picture, probability):
     with pytest.raises(InputError, match="same size"):
         draw(picture, probability[:-1])
@@ -76,6 +94,17 @@ def test_grid_has_a_cell_per_prompt(picture, probability):
 def test_grid_labels_every_map_where_prompts_differ(picture, probability):
     figure = prompt_grid([picture, picture], [["cat"], ["dog"]], [probability[None]] * 2, titles=["one", "two"])
     assert [axis.get_title() for axis in figure.axes[:4]] == ["one", "cat", "two", "dog"]
+
+
+def test_grid_outlines_the_truth_where_it_is_known(picture, probability, picture_mask):
+    maps, truth = [probability[None].repeat(2, 0)], [[picture_mask, None]]
+    _, known, unknown = (
+        axis.images[0].get_array() for axis in prompt_grid([picture], ["cat", "dog"], maps, outlines=truth).axes[:3]
+    )
+    assert (known == heat(picture, probability, outline=picture_mask)).all()
+    assert (unknown == heat(picture, probability)).all()
+    with pytest.raises(InputError, match="outlines"):
+        prompt_grid([picture], ["cat", "dog"], maps, outlines=[[picture_mask]])
 
 
 def test_grid_refuses_missing_maps(picture, probability):
