@@ -50,7 +50,8 @@ function render({ model, el }) {
   canvas.onpointerdown = (event) => {
     canvas.setPointerCapture(event.pointerId);
     const start = place(event);
-    mark = { tool: model.get("tool"), points: [start, start], width: Math.ceil(Math.min(...model.get("size")) / 20) };
+    mark = { tool: model.get("tool"), points: [start, start] };
+    if (mark.tool === "brush") mark.width = Math.ceil(Math.min(...model.get("size")) / 20);
     paint();
   };
   canvas.onpointermove = (event) => {

@@ -17,6 +17,7 @@ from clipseg_repro.segmenter import Segmenter
 from clipseg_repro.strips import write_png
 
 COLOURS = PALETTE[:5]  # one for each row of words
+STRENGTH = 0.35  # of a tint: the picture's own colours stay visible, its outline says where the mask ends
 VIEWS = ("masks", "probabilities", "label map")
 
 
@@ -98,11 +99,11 @@ class Playground:
         if not self.rows():
             return np.zeros((0, *self.picture().shape[:2]), np.float32)
 
-        def predict():
+        def predict(row):  # one by one: while one row is typed in, the others stay
             self._encode()
-            return self.segmenter.predict(self._conditions())
+            return self.segmenter.predict(self._prompt(row))[0]
 
-        return self._once("maps", (self.image, self._asked()), predict)
+        return np.stack([self._once(f"map {r}", self._asked(r), lambda r=r: predict(r)) for r in self.rows()])
 
     def labels(self):
         """The label map, (H, W) int64: 0 background, k + 1 for the k-th of `rows` (see `Segmenter.label_map`)."""
@@ -112,9 +113,9 @@ class Playground:
 
         def label():
             self._encode()
-            return self.segmenter.label_map(self._conditions(), background, threshold)
+            return self.segmenter.label_map([self._prompt(row) for row in self.rows()], background, threshold)
 
-        return self._once("labels", (self.image, self._asked(), background, threshold), label)
+        return self._once("labels", ([self._asked(row) for row in self.rows()], background, threshold), label)
 
     def found(self):
         """Of each of `rows`: (its highest probability, the share of the image above the threshold)."""
@@ -140,7 +141,7 @@ class Playground:
         else:
             masks = self.maps() > checked_share(self.threshold, "threshold")
         for mask, colour in zip(masks, colours):
-            image = overlay(image, mask, colour, strength=0.45)
+            image = overlay(image, mask, colour, strength=STRENGTH)
         return image
 
     def save(self, path):
@@ -191,17 +192,17 @@ class Playground:
         asked = self.support, repr(self.drawn), self.recipe
         return self._once("example", asked, lambda: self.segmenter.conditions(prompt)[0])
 
-    def _conditions(self):
-        """(K, P): the condition of each of `rows`."""
-        prompts = [self._words(row) for row in self.rows()]
-        if self.drawn:
-            prompts[0] = interpolate(prompts[0], self._example(), self.mix) if prompts[0] else self._example()
-        return self.segmenter.conditions(prompts)
+    def _prompt(self, row):
+        """What a row asks, for the segmenter."""
+        words = self._words(row)
+        if row or not self.drawn:
+            return words
+        return interpolate(words, self._example(), self.mix) if words else self._example()
 
-    def _asked(self):
-        """What the conditions depend on."""
-        words = tuple(map(self._words, range(len(COLOURS))))
-        return words, (self.support, repr(self.drawn), self.recipe, self.mix) if self.drawn else None
+    def _asked(self, row):
+        """All that a row's map depends on."""
+        drawn = None if row or not self.drawn else (self.support, repr(self.drawn), self.recipe, self.mix)
+        return row, self.image, self._words(row), drawn
 
     def _encode(self):
         self._once("encoded", self.image, lambda: self.segmenter.set_image(self.picture()))

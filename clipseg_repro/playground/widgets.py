@@ -92,7 +92,7 @@ class Controls(ui.VBox):
         self.playground = play = playground
         names = list(play.pictures)
         self.image = ui.Dropdown(options=names, value=play.image, description="image", layout=_WIDE)
-        self.upload = ui.FileUpload(accept="image/*", description="upload a picture", layout={"margin": "0 0 0 92px"})
+        self.upload = ui.FileUpload(accept="image/*", description="upload", layout={"margin": "0 0 0 92px"})
         filled = [*play.words, *[""] * len(COLOURS)]
         self.words = [ui.Text(filled[row], placeholder="a prompt", layout=_NARROW) for row in range(len(COLOURS))]
         self.background = ui.Text(play.background, placeholder="none", description="background", layout=_WIDE)
