@@ -1,4 +1,4 @@
-# make reproduce | study | readme | test | rehearsal | versions | lab | notebooks | setup. Needs Python >= 3.11 and make; everything goes into .venv and results/.
+# make reproduce | study | readme | test | test-browser | rehearsal | versions | lab | notebooks | setup. Needs Python >= 3.11 and make; everything goes into .venv and results/.
 PYTHON ?= python3
 BIN := .venv/bin
 TEST_RESULTS := .cache/test-results
@@ -8,7 +8,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # Jupyter's tools look here for kernels first: another environment's may have the same name.
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 
-.PHONY: setup reproduce study readme test rehearsal versions lab notebooks
+.PHONY: setup reproduce study readme test test-browser rehearsal versions lab notebooks
 
 setup: .venv/installed
 
@@ -29,6 +29,12 @@ test: setup
 	$(BIN)/clipseg-repro data build
 	rm -rf $(TEST_RESULTS) && mkdir -p results $(dir $(TEST_RESULTS)) && cp -R results $(TEST_RESULTS)
 	CLIPSEG_REPRO_RESULTS="$(CURDIR)/$(TEST_RESULTS)" $(BIN)/python -m pytest --nbval
+
+# Notebook 13 in JupyterLab, driven in a Chromium; says how to get one. Playwright, which drives it, is needed only here.
+test-browser: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .[browser]
+	$(BIN)/clipseg-repro data build
+	$(BIN)/python -m pytest tests/browser.py
 
 # The paper scale from end to end, against stand-ins (see the file).
 rehearsal: setup

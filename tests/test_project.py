@@ -26,7 +26,9 @@ from clipseg_repro.study.scales import SCALES
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 RUNTIME = {canonicalize_name(Requirement(line).name): line for line in PROJECT["dependencies"]}
-DEV = {canonicalize_name(Requirement(line).name): line for line in PROJECT["optional-dependencies"]["dev"]}
+EXTRAS = PROJECT["optional-dependencies"]
+DEV = {canonicalize_name(Requirement(line).name): line for line in EXTRAS["dev"]}
+BROWSER = {canonicalize_name(Requirement(line).name): line for line in EXTRAS["browser"]}
 
 
 def test_conda_environment_lists_the_direct_dependencies():
@@ -45,7 +47,7 @@ def test_requirements_pin_every_direct_dependency_within_its_range():
         assert Requirement(line).specifier.contains(pins[name]), f"{line}, pinned {pins[name]}"
 
 
-@pytest.mark.parametrize(("folder", "declared"), [("clipseg_repro", RUNTIME), ("tests", RUNTIME | DEV)])
+@pytest.mark.parametrize(("folder", "declared"), [("clipseg_repro", RUNTIME), ("tests", RUNTIME | DEV | BROWSER)])
 def test_what_is_imported_is_declared(folder, declared):
     imported = set()
     for path in (ROOT / folder).rglob("*.py"):
@@ -63,7 +65,7 @@ def test_what_is_imported_is_declared(folder, declared):
 
 FLOORS = """
 cli
-bench verify batch check
+bench verify batch check playground
 study
 mini
 training
