@@ -45,6 +45,7 @@ def lab(tmp_path):
         port = free.getsockname()[1]
     known = {"JUPYTER_RUNTIME_DIR": runtime, "JUPYTER_CONFIG_DIR": tmp_path / "config", "JUPYTER_DATA_DIR": tmp_path}
     known |= {"CLIPSEG_REPRO_DATA": tmp_path / "data", "CLIPSEG_REPRO_RESULTS": tmp_path / "results"}
+    known["OMP_WAIT_POLICY"] = "passive"  # threads that wait give way to the browser
     options = [f"--ServerApp.root_dir={tmp_path / 'notebooks'}", f"--ServerApp.port={port}", "--allow-root"]
     options += ["--ServerApp.port_retries=0", "--IdentityProvider.token=", "--no-browser"]
     settings = tmp_path / "config/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
