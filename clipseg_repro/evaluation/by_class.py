@@ -58,7 +58,8 @@ class ClassResult:
         return found
 
     def table(self, threshold: float) -> pd.DataFrame:
-        """A row per class: class, samples, iou at a threshold, iou_low, iou_high (95%, samples resampled)."""
+        """A row per class: class, samples, iou at a threshold, iou_low, iou_high (95%, samples resampled: of
+        one or two they tell nothing)."""
         rows, drawn = [], self.by_class(threshold)
         for name, own in self.samples.groupby("class"):
             figures = SegmentationMetrics.from_counts(self.counts[own.index]).at(threshold)
