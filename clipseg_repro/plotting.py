@@ -80,7 +80,7 @@ def contour(image, mask, colour="white"):
     """
     image, mask = _image_and_map(image, mask)
     outlines, _ = cv2.findContours((mask > 0.5).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    thick = max(1, round(min(image.shape[:2]) / 120))
+    thick = max(1, round(min(image.shape[:2]) / 160))
     out = cv2.drawContours(image.copy(), outlines, -1, (0, 0, 0), thick + 2)
     return cv2.drawContours(out, outlines, -1, [round(255 * value) for value in to_rgb(colour)], thick)
 
@@ -106,8 +106,9 @@ def prompt_grid(images, prompts, maps, titles=None, outlines=None):
     columns = 1 + max(len(row) for row in labels)
     side = min(2.0, 1.05 * WIDTH / columns)
     with plt.rc_context(_STYLE):
-        size = (columns * side, 0.5 + len(images) * (side + 0.12) + (0 if shared else 0.3 * len(images)))
-        figure, axes = plt.subplots(len(images), columns, figsize=size, squeeze=False)
+        heights = [side * min(1.5, image.shape[0] / image.shape[1]) for image in images]  # so that all are as wide
+        size = (columns * side, 0.6 + sum(heights) + (0.2 if shared else 0.35) * len(images))
+        figure, axes = plt.subplots(len(images), columns, figsize=size, squeeze=False, height_ratios=heights)
         for axis in axes.flat:
             axis.axis("off")
         for i, (row, image) in enumerate(zip(axes, images, strict=True)):
