@@ -15,6 +15,7 @@ from torchmetrics.functional.classification import (
 )
 
 from clipseg_repro.prompts import RECIPES
+from clipseg_repro.study import tables
 
 
 def answers(check: Callable) -> Callable:
@@ -134,6 +135,7 @@ def ignorant_loss(yours: Callable):
         assert np.isclose(found, right, atol=1e-4), f"share {ones / 100}: {found:.4f}, but PyTorch has {right:.4f}"
 
 
+@answers
 def two_ious(yours: Callable):
     """yours(hits, false, missed), pixels of N phrases (N,) each: their mIoU and IoU_FG, nothing added."""
     chance, size = torch.Generator().manual_seed(0), (5, 8, 8)
@@ -239,6 +241,7 @@ def best_threshold(yours: Callable):
     assert float(found) == 0.5, "sum counts within each class, then an IoU each, their mean; the highest wins"
 
 
+@answers
 def label_map(yours: Callable):
     """yours(maps, threshold): labels (H, W) of probabilities (K, H, W), i + 1 where map i is the highest and above the
     threshold, else 0."""
@@ -298,3 +301,30 @@ def ious(yours: Callable):
         "of the pixels p > t and those of the mask: how many are in both, over how many in either?"
     )
     assert np.isclose(found[24], known[24], atol=1e-6), "a pixel counts where p > t: at p = t it does not"
+
+
+@answers
+def best_of(yours: Callable):
+    """yours(larger, smaller): points that a number is ahead of the best of several."""
+    found = _filled(yours(30.0, [12.5, 27.0, 3.0]))
+    assert np.isclose(found, 3.0), f"ahead of the best of the others, 27: by 3, not {found:g}"
+    assert np.isclose(yours(5.0, [6.0]), -1.0), "behind, the gap is negative: the claim is wrong"
+
+
+@answers
+def verdict(yours: Callable):
+    """yours(low, high): what the rule says of a claim whose difference has that 95% interval."""
+    for interval in ((0.2, 2.3), (-4.0, -0.1), (-0.4, 1.7), (0.0, 1.0), (np.nan, np.nan)):
+        theirs = tables.verdict(*interval)
+        assert _filled(yours(*interval)) == theirs, f"an interval from {interval[0]} to {interval[1]}: '{theirs}'"
+
+
+@answers
+def mean_prompt(yours: Callable):
+    """yours(conditions): the one condition (P,) that asks for what all of several (K, P) have in common."""
+    conditions = torch.tensor([[3.0, 4.0, 0.0], [0.0, 4.0, 3.0]])
+    found = torch.as_tensor(_filled(yours(conditions.clone())))
+    assert found.shape == (3,), f"one vector: shape (3,), not {tuple(found.shape)}"
+    assert torch.allclose(found, torch.tensor([1.5, 4.0, 1.5])), (
+        "the mean of the vectors, as they are: CLIPSeg normalises none"
+    )
