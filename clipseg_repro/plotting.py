@@ -104,7 +104,7 @@ def prompt_grid(images, prompts, maps, titles=None, outlines=None):
     if [len(row) for row in outlines] != [len(row) for row in labels]:
         raise InputError(f"prompt_grid: {[len(row) for row in outlines]} outlines: give a mask or None for every map")
     columns = 1 + max(len(row) for row in labels)
-    side = min(2.0, 1.05 * WIDTH / columns)
+    side = min(2.0, 1.1 * WIDTH / columns)
     with plt.rc_context(_STYLE):
         heights = [side * min(1.5, image.shape[0] / image.shape[1]) for image in images]  # so that all are as wide
         size = (columns * side, 0.6 + sum(heights) + (0.2 if shared else 0.35) * len(images))
