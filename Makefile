@@ -19,9 +19,10 @@ reproduce: setup
 study: setup
 	$(BIN)/clipseg-repro study
 
-# The README's table and summary and results/ro-crate-metadata.json, from results/.
+# The README's table and summary, results/ro-crate-metadata.json and results/report.md, from results/.
 readme: setup
 	$(BIN)/python -m clipseg_repro.study.front_page README.md
+	$(BIN)/python presentation/report.py
 
 # Notebooks write results when nbval runs them: here into a copy, so that tests change no tracked file.
 test: setup
