@@ -7,6 +7,7 @@ import pandas as pd
 from clipseg_repro.files import written_whole
 from clipseg_repro.study.front_page import table3, verdicts
 from clipseg_repro.study.numbers import filled
+from clipseg_repro.study.queue import queue
 from clipseg_repro.study.scales import SCALES
 
 ROOT = Path(__file__).parents[1]
@@ -53,13 +54,15 @@ def ablations(results: Path) -> str:
 
 def costs(results: Path) -> str:
     runs = _read(results, "training_runs").groupby("device").agg(runs=("run", "size"), hours=("hours", "sum"))
+    runs = runs.rename(index={"not recorded": "a machine that was not recorded"})
     told = ", ".join(f"{row.runs} runs in {row.hours:.1f} hours on {row.Index}" for row in runs.itertuples())
     return f"Training: {told} (runs that shared a device are counted in full)."
 
 
 BLOCKS = {
     "count": lambda results: str(len(_read(results, "claims"))),
-    "disagreements": lambda results: str(len(_read(results, "disagreements"))),
+    "runs": lambda results: f"{len([*(results / 'measured').glob('*.npz')])} of {len(queue())} so far",
+    "disagreements": lambda results: str(_read(results, "disagreements").about.nunique()),
     "pace": lambda results: f"{SCALES['mini'].pace:.0%}",
     "batch": lambda results: str(SCALES["mini"].training["batch"]),
     "verdicts": verdicts,
