@@ -124,7 +124,7 @@ def test_background_counts_as_a_seen_class():
 def test_twin_rows_of_table_2():
     crop, blur = "crop + BG intensity 10%", "BG blur + intensity 10%"
     assert tables.paper(2, "delta_p_object", crop) == tables.paper(2, "delta_p_object", blur)
-    assert RECIPES[crop] != RECIPES[blur] == Recipe(blur=True, background=0.1)  # the notebook's options for both
+    assert RECIPES[crop] != RECIPES[blur] == Recipe(blur=3.0, background=0.1)  # the notebook's options for both
 
 
 def test_vitseg_has_one_row_in_two_tables():
