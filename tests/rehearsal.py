@@ -52,7 +52,8 @@ def main():
     measured = place / "results" / SCALES["paper"].results / "tables"
     measured.mkdir(parents=True)
     for name in ("speed", "speed_prompts"):  # ten minutes of the clock, the same at both scales: `bench`
-        shutil.copy(project_root() / "results" / "tables" / f"{name}.csv", measured)
+        for suffix in (".csv", ".md"):
+            shutil.copy(project_root() / "results" / "tables" / f"{name}{suffix}", measured)
     known = {"HF_HUB_CACHE": place / "hub", "CLIPSEG_REPRO_RESULTS": place / "results"}
     known |= {"CLIPSEG_REPRO_DATA": get_scale("mini").data, "HF_HUB_OFFLINE": 1, "TRANSFORMERS_OFFLINE": 1}
     command = [sys.executable, "-m", "clipseg_repro.cli", "reproduce", "--scale", "paper", "--restart"]
