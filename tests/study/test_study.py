@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipseg_repro.errors import InputError
@@ -32,6 +32,7 @@ def scale(tmp_path, data, tiny_folder):
     return scale
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(0, 2**32 - 1))
 def test_packed_counts_come_back(samples, seed):
     rng = np.random.default_rng(seed)
