@@ -1,4 +1,4 @@
-# make reproduce | study | readme | test | test-browser | rehearsal | versions | lab | notebooks | setup. Needs Python >= 3.11 and make; everything goes into .venv and results/.
+# make reproduce | study | readme | presentation | test | test-browser | rehearsal | versions | lab | notebooks | setup. Needs Python >= 3.11 and make; everything goes into .venv and results/.
 PYTHON ?= python3
 BIN := .venv/bin
 TEST_RESULTS := .cache/test-results
@@ -8,7 +8,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # Jupyter's tools look here for kernels first: another environment's may have the same name.
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 
-.PHONY: setup reproduce study readme test test-browser rehearsal versions lab notebooks
+.PHONY: setup reproduce study readme presentation test test-browser rehearsal versions lab notebooks
 
 setup: .venv/installed
 
@@ -23,6 +23,10 @@ study: setup
 readme: setup
 	$(BIN)/python -m clipseg_repro.study.front_page README.md
 	$(BIN)/python presentation/report.py
+
+# Slides and, where LibreOffice is installed, their PDF, from results/: see presentation/README.md.
+presentation: setup
+	$(BIN)/python presentation/slides.py
 
 # Notebooks write results when nbval runs them: here into a copy, so that tests change no tracked file.
 test: setup

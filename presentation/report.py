@@ -61,7 +61,7 @@ def costs(results: Path) -> str:
 
 BLOCKS = {
     "count": lambda results: str(len(_read(results, "claims"))),
-    "runs": lambda results: f"{len([*(results / 'measured').glob('*.npz')])} of {len(queue())} so far",
+    "runs": lambda results: f"{len([*(results / 'measured').glob('*.npz')])} of {len(queue())}",
     "disagreements": lambda results: str(_read(results, "disagreements").about.nunique()),
     "pace": lambda results: f"{SCALES['mini'].pace:.0%}",
     "batch": lambda results: str(SCALES["mini"].training["batch"]),
