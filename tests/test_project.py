@@ -29,6 +29,7 @@ RUNTIME = {canonicalize_name(Requirement(line).name): line for line in PROJECT["
 EXTRAS = PROJECT["optional-dependencies"]
 DEV = {canonicalize_name(Requirement(line).name): line for line in EXTRAS["dev"]}
 BROWSER = {canonicalize_name(Requirement(line).name): line for line in EXTRAS["browser"]}
+BOOK = {canonicalize_name(Requirement(line).name): line for line in EXTRAS["book"]}
 
 
 def test_conda_environment_lists_the_direct_dependencies():
@@ -47,7 +48,10 @@ def test_requirements_pin_every_direct_dependency_within_its_range():
         assert Requirement(line).specifier.contains(pins[name]), f"{line}, pinned {pins[name]}"
 
 
-@pytest.mark.parametrize(("folder", "declared"), [("clipseg_repro", RUNTIME), ("tests", RUNTIME | DEV | BROWSER)])
+@pytest.mark.parametrize(
+    ("folder", "declared"),
+    [("clipseg_repro", RUNTIME), ("tests", RUNTIME | DEV | BROWSER), ("presentation/book", RUNTIME | BOOK)],
+)
 def test_what_is_imported_is_declared(folder, declared):
     imported = set()
     for path in (ROOT / folder).rglob("*.py"):
