@@ -33,7 +33,8 @@ CHAPTERS = {  # first and last notebook of each part, as the README's table has 
     "Beyond them": ("11", "13"),
 }
 LEDGER = "claims"  # the table that has a page of its own
-LONG = 40  # characters of a table's cell that is prose
+LONG = 24  # characters of a table's cell that is prose
+SHORT = 20  # characters of a caption's first clause that says too little as a title
 TABLE = re.compile(r"^(?:\|.*\n)+", re.MULTILINE)
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)(?=[)#\s])")
 
@@ -118,7 +119,7 @@ def tables_by_notebook(results: Path) -> dict[str, list[str]]:
     found = {}
     for path in NOTEBOOKS:
         code = (c for c in json.loads(path.read_bytes())["cells"] if c["cell_type"] == "code")
-        named = re.findall(r'"([a-z0-9_-]+)"', "\n".join("".join(cell["source"]) for cell in code))
+        named = re.findall(r'"([a-z0-9_-]+)(?:\.csv)?"', "\n".join("".join(cell["source"]) for cell in code))
         found[path.stem] = [name for name in dict.fromkeys(named) if name in left]
         left -= set(found[path.stem])
     return {stem: names for stem, names in (found | {"": sorted(left)}).items() if names}
@@ -130,7 +131,8 @@ def tables(results: Path) -> dict[str, str]:
 
     def section(name, level):
         caption, _, rows = (results / "tables" / f"{name}.md").read_text(encoding="utf-8").partition("\n")
-        title = re.split(r"[;,.] |\.$", caption)[0]
+        clauses = re.split(r"[;,.] ", caption.rstrip("."))
+        title = ", ".join(clauses[: 1 + (len(clauses[0]) < SHORT)])
         command = made.get(f"tables/{name}.csv", {}).get("command")
         by = f", made by `{command}`" if command else ""
         caption = "" if caption.rstrip(".") == title else f"{caption}\n"
@@ -140,10 +142,10 @@ def tables(results: Path) -> dict[str, str]:
     pages = {"tables/ledger.md": section(LEDGER, "#")}
     for stem, names in tables_by_notebook(results).items():
         path = ROOT / "notebooks" / f"{stem}.ipynb"
-        title = f"{stem[:2]}. {_title(path)}" if stem else "Other tables"
-        about = f"Explained in [{stem}](../notebooks/{stem}.ipynb)." if stem else "No notebook shows these."
+        title = f"Tables of {stem[:2]}. {_title(path)}" if stem else "Other tables"
+        about = f"Explained in [{stem}](../notebooks/{stem}.ipynb)." if stem else "Made by commands of their own."
         sections = "\n".join(section(name, "##") for name in names)
-        pages[f"tables/{stem or 'other'}.md"] = f"# Tables of {title}\n\n{about}\n\n{sections}"
+        pages[f"tables/{stem or 'other'}.md"] = f"# {title}\n\n{about}\n\n{sections}"
     listed = "\n".join(Path(page).stem for page in pages)
     pages["tables/index.md"] = (
         "# Tables\n\nEvery table of results/tables with its caption: first the ledger of the claims, then by notebook."
@@ -230,8 +232,10 @@ def _linked(text, name, known, into):
 
 
 def _wide(table):
-    """A table with prose in it, marked so that book.css gives it columns that can be read."""
-    return f"```{{container}} prose\n{table[0]}```\n" if any(len(c) > LONG for c in table[0].split("|")) else table[0]
+    """A table of many columns, prose among them, marked so that book.css gives it columns that can be read."""
+    many = table[0].partition("\n")[0].count("|") > 5
+    prose = many and any(len(cell) > LONG for cell in table[0].split("|"))
+    return f"```{{container}} prose\n{table[0]}```\n" if prose else table[0]
 
 
 def _copy(name, into):
