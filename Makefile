@@ -1,4 +1,5 @@
-# make reproduce | study | readme | presentation | test | test-browser | rehearsal | versions | lab | notebooks | setup. Needs Python >= 3.11 and make; everything goes into .venv and results/.
+# make reproduce | study | readme | shown (presentation, video, book) | test | test-browser | rehearsal | versions | lab |
+# notebooks | setup. Needs Python >= 3.11 and make; everything goes into .venv and results/.
 PYTHON ?= python3
 BIN := .venv/bin
 TEST_RESULTS := .cache/test-results
@@ -8,7 +9,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # Jupyter's tools look here for kernels first: another environment's may have the same name.
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 
-.PHONY: setup reproduce study readme presentation test test-browser rehearsal versions lab notebooks
+.PHONY: setup reproduce study readme shown presentation book test test-browser rehearsal versions lab notebooks
 
 setup: .venv/installed
 
@@ -27,6 +28,11 @@ readme: setup
 # Slides and, where LibreOffice is installed, their PDF, from results/: see presentation/README.md.
 presentation: setup
 	$(BIN)/python presentation/slides.py
+
+# The study as a web page, presentation/book/_build/html; Sphinx, which makes it, is needed only here.
+book: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .[book]
+	$(BIN)/python presentation/book/build.py
 
 # Notebooks write results when nbval runs them: here into a copy, so that tests change no tracked file.
 test: setup

@@ -29,6 +29,7 @@ RUNTIME = {canonicalize_name(Requirement(line).name): line for line in PROJECT["
 EXTRAS = PROJECT["optional-dependencies"]
 DEV = {canonicalize_name(Requirement(line).name): line for line in EXTRAS["dev"]}
 BROWSER = {canonicalize_name(Requirement(line).name): line for line in EXTRAS["browser"]}
+BOOK = {canonicalize_name(Requirement(line).name): line for line in EXTRAS["book"]}
 
 
 def test_conda_environment_lists_the_direct_dependencies():
@@ -47,7 +48,10 @@ def test_requirements_pin_every_direct_dependency_within_its_range():
         assert Requirement(line).specifier.contains(pins[name]), f"{line}, pinned {pins[name]}"
 
 
-@pytest.mark.parametrize(("folder", "declared"), [("clipseg_repro", RUNTIME), ("tests", RUNTIME | DEV | BROWSER)])
+@pytest.mark.parametrize(
+    ("folder", "declared"),
+    [("clipseg_repro", RUNTIME), ("tests", RUNTIME | DEV | BROWSER), ("presentation", RUNTIME | DEV | BOOK)],
+)
 def test_what_is_imported_is_declared(folder, declared):
     imported = set()
     for path in (ROOT / folder).rglob("*.py"):
@@ -56,7 +60,7 @@ def test_what_is_imported_is_declared(folder, declared):
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.split(".")[0])
-    ours = {"clipseg_repro"} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
+    ours = {"clipseg_repro"} | {path.stem for room in ("tests", "presentation") for path in (ROOT / room).rglob("*.py")}
     known = packages_distributions()
     for module in imported - ours - set(sys.stdlib_module_names):
         names = {canonicalize_name(name) for name in known.get(module, [module])}
