@@ -199,6 +199,7 @@ def claims() -> dict[str, dict]:
     for claim in table.values():
         for side in ("larger", "smaller"):
             claim[side] = {"setting": claim.get("setting", ""), "method": None} | claim[side]
+        claim["carries"] = table.get(claim["carries"][3:-1], claim)["carries"]  # "As C4.": what is said there
     return table
 
 
