@@ -20,7 +20,7 @@ reproduce: setup
 study: setup
 	$(BIN)/clipseg-repro study
 
-# The README's table and summary, results/ro-crate-metadata.json and results/report.md, from results/.
+# The README's front page, results/ro-crate-metadata.json, and the report (its PDF where a Chromium is installed).
 readme: setup
 	$(BIN)/python -m clipseg_repro.study.front_page README.md
 	$(BIN)/python presentation/report.py
@@ -28,6 +28,9 @@ readme: setup
 # Slides and, where LibreOffice is installed, their PDF, from results/: see presentation/README.md.
 presentation: setup
 	$(BIN)/python presentation/slides.py
+
+# All that is shown to others, from results/.
+shown: readme presentation book
 
 # The study as a web page, presentation/book/_build/html; Sphinx, which makes it, is needed only here.
 book: setup

@@ -1,7 +1,13 @@
-"""Write results/report.md from its template and results/: `make readme`."""
+"""Write results/report.md, and report.pdf where a Chromium is installed, from results/: `make readme`."""
 
+import hashlib
+import re
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
+import mistune
 import pandas as pd
 
 from clipseg_repro.files import written_whole
@@ -80,7 +86,46 @@ def report(results: Path) -> str:
     return filled(template, results, BLOCKS)
 
 
+def page(text: str) -> str:
+    """The report as a web page to be printed; its title has a checksum, so that a test can tell of what the PDF is."""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    printed = re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]+\)", r"\1", text)  # on paper, links to files lead nowhere
+    body = mistune.create_markdown(plugins=["table"])(printed)
+    style = (
+        "@page { size: A4; margin: 14mm 16mm } body { font: 9pt/1.32 Arial, 'Liberation Sans', sans-serif } "
+        "h1 { font-size: 16pt } h2 { font-size: 12pt } h1, h2, h3 { margin: 0.7em 0 0.3em; break-after: avoid } "
+        "p, ul { margin: 0.35em 0 } table { border-collapse: collapse; font-size: 7.8pt; margin: 0.5em 0 } "
+        "th, td { border-bottom: 0.3pt solid #999; padding: 1.2pt 5pt; vertical-align: top } "
+        "[style*=right] { white-space: nowrap } tr { break-inside: avoid }"
+    )
+    head = f"<meta charset='utf-8'><title>CLIPSeg, reproduced ({digest})</title><style>{style}</style>"
+    return f"<!doctype html><html lang='en'><head>{head}</head><body>{body}</body></html>"
+
+
+def to_pdf(text: str, pdf: Path):
+    """Printed by a Chromium; says so where there is none."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not browser:
+        print(f"{pdf.name} is left as it is, for want of a Chromium (Debian: apt install chromium)")
+        return
+    with tempfile.TemporaryDirectory() as folder, written_whole(pdf) as temporary:
+        web = Path(folder) / "report.html"
+        web.write_text(page(text), encoding="utf-8")
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-pdf-header-footer",
+            f"--user-data-dir={folder}/user",
+        ]
+        printed = f"{folder}/report.pdf"
+        command = [browser, *options, f"--print-to-pdf={printed}", web.as_uri()]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        shutil.copyfile(printed, temporary)
+
+
 if __name__ == "__main__":
     text = report(ROOT / "results")
     with written_whole(ROOT / "results" / "report.md") as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+    to_pdf(text, ROOT / "results" / "report.pdf")

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from rocrate.rocrate import ROCrate
@@ -111,8 +112,19 @@ def test_no_file_names_a_package_registry():
             assert not [host for host in hosts if host in text], f"{name} names a package registry"
 
 
-def test_citation_has_the_package_version():
-    assert f"\nversion: {PROJECT['version']}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+def test_citation_and_codemeta_agree_with_the_package():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    meta = json.loads((ROOT / "codemeta.json").read_text(encoding="utf-8"))
+    paper = cited["preferred-citation"]
+    assert cited["version"] == meta["version"] == PROJECT["version"]
+    assert cited["license"] == meta["license"].rpartition("/")[2] == PROJECT["license"]
+    assert [author["name"] for author in cited["authors"]] == [author["name"] for author in meta["author"]]
+    assert meta["referencePublication"]["name"] == paper["title"]
+    assert meta["referencePublication"]["identifier"] == paper["identifiers"][0]["value"]
+    for key in ("name", "description", "keywords"):
+        assert meta[key] == PROJECT[key]
+    assert meta["runtimePlatform"] == f"Python {PROJECT['requires-python']}"
+    assert meta["codeRepository"] == PROJECT["urls"]["Repository"]
 
 
 def test_notebooks_have_parameters():

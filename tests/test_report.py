@@ -1,6 +1,7 @@
 """The report is what its template and the results give."""
 
 import importlib.util
+import re
 import shutil
 from pathlib import Path
 
@@ -24,3 +25,11 @@ def test_a_missing_number_stops_it_with_its_name(tmp_path):
     (tmp_path / "tables" / "negatives.csv").unlink()
     with pytest.raises(InputError, match="negatives; no negatives; absent: area marked"):
         report.report(tmp_path)
+
+
+def test_the_pdf_is_of_this_report():
+    """After new results: make readme, where a Chromium is installed."""
+    (title,) = re.findall(r"<title>(.+?)</title>", report.page(report.report(ROOT / "results")))
+    printed = (ROOT / "results" / "report.pdf").read_bytes()
+    assert title.replace("(", r"\(").replace(")", r"\)").encode() in printed
+    assert len(re.findall(rb"/Type /Page\b", printed)) <= 4

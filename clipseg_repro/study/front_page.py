@@ -46,9 +46,11 @@ def verdicts(results: Path) -> str:
 
 
 def front_page(results: Path) -> str:
-    """Markdown of Table 3, paper beside mini, and of what became of the claims."""
+    """Markdown of a picture, of Table 3, paper beside mini, and of what became of the claims."""
     return "\n".join(
         [
+            "![A picture, the truth, and what four words find](results/figures/quickstart.png)",
+            "",
             "Mini models on mini PhraseCut, 95% intervals over images and seeds; the paper's on the real one:",
             "",
             table3(results),

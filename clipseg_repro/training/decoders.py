@@ -178,8 +178,8 @@ def train(
     processes = PartialState()
     device = processes.device
     dtype = fast_dtype(device)
-    precision, trackers = "bf16" if dtype == torch.bfloat16 else "no", ["tensorboard"] if tensorboard else []
-    accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=folder)
+    precision, tracker = "bf16" if dtype == torch.bfloat16 else "no", "tensorboard" if tensorboard else None
+    accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=folder)
     # this processor is saved as it is: tokenizing leaves its padding in the other
     model, untouched = untrained(settings, source)
     frozen, processor = untrained(settings, source)  # what no gradient reaches, as fast as can be
