@@ -1,4 +1,4 @@
-# make reproduce | study | readme | shown (presentation, video, book) | test | test-browser | rehearsal | versions | lab |
+# make reproduce | study | readme | shown (video, presentation, book) | test | test-browser | rehearsal | versions | lab |
 # notebooks | setup. Needs Python >= 3.11 and make; everything goes into .venv and results/.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +9,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # Jupyter's tools look here for kernels first: another environment's may have the same name.
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 
-.PHONY: setup reproduce study readme shown presentation book test test-browser rehearsal versions lab notebooks
+.PHONY: setup reproduce study readme shown video presentation book test test-browser rehearsal versions lab notebooks
 
 setup: .venv/installed
 
@@ -25,12 +25,16 @@ readme: setup
 	$(BIN)/python -m clipseg_repro.study.front_page README.md
 	$(BIN)/python presentation/report.py
 
+# All that is shown to others.
+shown: video readme presentation book
+
+# The demo film with its poster and captions, results/demo.*: drawn, computed and timed anew, two minutes.
+video: setup
+	$(BIN)/python presentation/video.py
+
 # Slides and, where LibreOffice is installed, their PDF, from results/: see presentation/README.md.
 presentation: setup
 	$(BIN)/python presentation/slides.py
-
-# All that is shown to others, from results/.
-shown: readme presentation book
 
 # The study as a web page, presentation/book/_build/html; Sphinx, which makes it, is needed only here.
 book: setup

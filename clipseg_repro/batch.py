@@ -1,16 +1,19 @@
-"""Many pictures and many prompts, to files: what `clipseg-repro segment` does."""
+"""Many pictures, or videos, and many prompts, to files: what `clipseg-repro segment` does."""
 
 import json
 import os
 import re
+import sys
 from collections import Counter
 from hashlib import sha256
+from itertools import cycle
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image, ImageColor
 from pycocotools import mask as coco
+from tqdm import tqdm
 
 from clipseg_repro import __version__
 from clipseg_repro.errors import InputError
@@ -20,24 +23,25 @@ from clipseg_repro.plotting import OKABE_ITO, overlay
 from clipseg_repro.prompts import VisualPrompt
 from clipseg_repro.segmenter import load_segmenter
 from clipseg_repro.strips import write_png
+from clipseg_repro.video import SUFFIXES, Video, is_video, read_lines, rework
 
 KINDS = ("probability", "mask", "overlay")
 RECORD = "_segments.json"  # ends the name of what `segment` knows of a picture
 COLOURS = [
     colour for name, colour in OKABE_ITO.items() if name != "black"
-]  # of the label map, whose background is black
+]  # of the label map, whose background is black, and of a video's overlays
 NAME_BYTES, WORDS_BYTES = 140, 80  # in file names, which file systems limit to 255 bytes
 
 
 def pictures_and_words(arguments, prompts, out):
-    """Sort a command's arguments: (paths of pictures, words). What exists is a picture, or a folder of pictures.
+    """Sort a command's arguments: (paths of pictures and videos, words). What exists is a picture, or a folder of them.
 
-    Of a folder, the pictures directly in it that Pillow knows by their suffix, sorted. `prompts` follow the words.
-    Raises InputError for a folder without pictures, for what looks like a path and does not exist, and for a picture as
-    prompt."""
+    Of a folder, what is directly in it and has the suffix of a video, or of a picture that Pillow knows, sorted.
+    `prompts` follow the words. Raises InputError for a folder without pictures, for what looks like a path and does not
+    exist, and for a picture as prompt."""
     Image.init()
     kinds = {kind for kind in Image.OPEN if Image.MIME.get(kind, "").startswith("image/")}
-    suffixes = {suffix for suffix, kind in Image.EXTENSION.items() if kind in kinds}
+    suffixes = SUFFIXES | {suffix for suffix, kind in Image.EXTENSION.items() if kind in kinds}
     pictures, words = [], []
     for argument in arguments:
         path = Path(argument)
@@ -105,6 +109,10 @@ def segment(
     written them, as NAME_segments.json tells, which is written last. support, mask: one more prompt. labels: also write
     the label map NAME_labels.png, whose legend is in the results. background, model, device and threshold are those of
     `load_segmenter` and `Segmenter.label_map`; masks are where the probability exceeds 0.5 if None.
+
+    For a video, writes NAME.mp4, every prompt's map as a tint of its own over every frame, and NAME_frames.jsonl; its
+    results are an iterator, to be used up before the next picture, of one dict per frame: frame (from 0), time
+    (seconds), video, files, and prompts: per prompt what a picture has of it, and the colour.
     """
     prompts = [*words, *([VisualPrompt(support, mask)] if support else [])]
     if not prompts:
@@ -112,6 +120,11 @@ def segment(
             "nothing to look for: all that was given are pictures; give words in quotes, or after --prompt if a file "
             "has the same name"
         )
+    for picture in filter(is_video, pictures):
+        if labels:
+            raise InputError(f"'{picture}' is a video, which gets no label map: leave --labels and --background out")
+        if os.path.realpath(picture.parent) == os.path.realpath(out):
+            raise InputError(f"--out '{out}' is the folder of '{picture}': give another for the video with overlays")
     names = [*words, *([f"like {support.stem}"] if support else [])]
     if labels and len(prompts) > 255:
         raise InputError(f"{len(prompts)} prompts: a label map holds at most 255, leave --labels and --background out")
@@ -125,20 +138,22 @@ def segment(
         "labels": labels,
     }
     slugs = [_cut(re.sub(r"\W+", "-", name.lower()).strip("-")[:40], WORDS_BYTES) for name in names]
-    for written in (*(f"{kind}.png" for kind in (*KINDS, "labels")), "segments.json"):
+    for written in (*(f"{kind}.png" for kind in (*KINDS, "labels")), "segments.json", "frames.jsonl"):
         sweep(out, f".*_{written}.*.tmp")
-    segmenter = None
+    segmenter, limit = None, 0.5 if threshold is None else threshold
     for picture, prefix in file_names(pictures, out).items():
         stems = [out / f"{prefix}_{number}_{slug}" for number, slug in enumerate(slugs, start=1)]
         label_map, record = out / f"{prefix}_labels.png", out / f"{prefix}{RECORD}"
         files = [Path(f"{stem}_{kind}.png") for stem in stems for kind in KINDS] + [label_map] * labels
+        if is_video(picture):
+            files = [out / f"{prefix}_frames.jsonl", out / f"{prefix}.mp4"]
         made_with = settings | {"picture": [os.path.abspath(picture), _stamp(picture)]}
         known = _read(record)
         if known.get("made_with") == made_with and all(file.is_file() for file in files):
-            yield known["results"], False
+            yield read_lines(files[0]) if is_video(picture) else known["results"], False
             continue
         try:
-            image = load_image(picture)
+            image = Video(picture) if is_video(picture) else load_image(picture)
         except InputError as error:
             yield error, True
             continue
@@ -146,12 +161,15 @@ def segment(
             segmenter = load_segmenter(model, device, dtype="float32")  # the same masks on every machine
             conditions = segmenter.conditions(prompts)
             floors = segmenter.conditions(background) if background else None
+        if is_video(picture):
+            yield _frames(image, out / prefix, made_with, segmenter, conditions, limit), True
+            continue
         segmenter.set_image(image)
         maps, results = segmenter.maps(conditions), []
         try:
             record.unlink(missing_ok=True)
             for name, stem in zip(names, stems):
-                found = _written(stem, image, next(maps), 0.5 if threshold is None else threshold)
+                found = _written(stem, image, next(maps), limit)
                 results.append({"picture": str(picture), "prompt": name, "files": f"{stem.name}_*.png"} | found)
             if labels:
                 colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
@@ -167,12 +185,44 @@ def segment(
 
 
 def _written(stem, image, probability, threshold):
-    """Write a prompt's three pictures. Returns its area (share of the picture), box (x, y, width, height in pixels, or
-    None), highest_probability, and mask in COCO's compressed run-length encoding."""
-    mask = (probability > threshold).view(np.uint8)
+    """Write a prompt's three pictures. Returns what `_found` does."""
+    mask = probability > threshold
     write_png(f"{stem}_probability.png", probability, lambda rows: (rows * 65535).round().astype(np.uint16))
     write_png(f"{stem}_mask.png", mask, lambda rows: rows * np.uint8(255))
     write_png(f"{stem}_overlay.png", overlay(image, probability))
+    return _found(probability, mask)
+
+
+def _frames(video, stem, made_with, segmenter, conditions, threshold):
+    """Write a video's files. Yields what is found in each frame, as `segment` gives it."""
+
+    def work(frame):
+        segmenter.set_image(frame)
+        picture, prompts = frame, []
+        for name, probability, colour in zip(made_with["prompts"], segmenter.maps(conditions), cycle(COLOURS)):
+            mask = probability > threshold
+            picture = overlay(picture, probability, colour, outline=mask)
+            prompts.append({"prompt": name} | _found(probability, mask) | {"colour": colour})
+        return picture, {"video": str(video.path), "files": f"{stem.name}.mp4", "prompts": prompts}
+
+    try:
+        Path(f"{stem}{RECORD}").unlink(missing_ok=True)
+        frames = rework(video, stem, made_with, work)
+        for found in tqdm(frames, video.path.name, video.total or None, unit="frame", leave=False):
+            yield found
+        if video.total - found["frame"] > max(video.fps, 0.1 * video.total):  # sound may be a little longer
+            note = f"Note: '{video.path}' ends after {found['frame'] + 1} of {video.total} frames: it may be truncated"
+            tqdm.write(note, file=sys.stderr)
+        with written_whole(Path(f"{stem}{RECORD}")) as temporary:
+            temporary.write_text(json.dumps({"made_with": made_with}, indent=1))
+    except OSError as error:
+        raise InputError(f"cannot write to '{stem.parent}' ({error.strerror or error}): give another --out") from error
+
+
+def _found(probability, mask):
+    """A mask's area (share of the picture), box (x, y, width, height in pixels, or None), highest_probability, and mask
+    in COCO's compressed run-length encoding."""
+    mask = mask.view(np.uint8)
     runs = coco.encode(cv2.transpose(mask).T)  # column by column, as COCO has it
     area = int(coco.area(runs))
     return {

@@ -80,7 +80,7 @@ evaluation
 datasets plotting
 prompts
 downloads pictures
-strips devices
+strips devices video
 files errors __init__
 """.split("\n")[1:-1]
 

@@ -1,4 +1,4 @@
-"""`clipseg-repro segment`: pictures of one's own."""
+"""`clipseg-repro segment`: pictures and videos of one's own."""
 
 import json
 import sys
@@ -15,7 +15,8 @@ def segment(
         list[str],
         typer.Argument(
             metavar="PICTURES... [WORDS]...",
-            help='Pictures or folders of them, and what to look for, each in quotes: "a cat" "something to sit on".',
+            help="Pictures, videos or folders of them, and what to look for, each in quotes: "
+            '"a cat" "something to sit on".',
         ),
     ],
     prompt: Annotated[list[str] | None, typer.Option(help="More words; may be repeated.")] = None,
@@ -38,14 +39,16 @@ def segment(
         ),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print a line of JSON per picture and prompt: area, box, mask ...")
+        bool,
+        typer.Option("--json", help="Print a line of JSON per picture and prompt, or frame of a video: area, box ..."),
     ] = False,
 ):
-    """Segment pictures by text, by example, or by both. Goes on where it was stopped.
+    """Segment pictures and videos by text, by example, or by both. Goes on where it was stopped.
 
     For each picture and prompt, writes to --out: ..._probability.png (16 bit: 65535 is probability 1), ..._mask.png
     (white where the probability exceeds --threshold) and ..._overlay.png (the probability as colour over the picture);
-    for each picture, ..._segments.json: the settings and, per prompt, what --json prints.
+    for each picture, ..._segments.json: the settings and, per prompt, what --json prints. For a video, instead:
+    its name with .mp4, every prompt's probability as a colour of its own, and ..._frames.jsonl, what --json prints.
     """
     from tqdm import tqdm
 
@@ -72,12 +75,21 @@ def segment(
         known += not new
         if isinstance(results, InputError):
             failures.append(results)
-        elif as_json:
-            tqdm.write("\n".join(map(json.dumps, results)))
-        elif new:
+            continue
+        try:
             for found in results:
-                label = f", label {found['label']} ({found['colour']})" if "label" in found else ""
-                tqdm.write(f"{found['prompt']}: {found['area']:.1%} of the picture -> {out / found['files']}{label}")
+                if as_json:
+                    tqdm.write(json.dumps(found))
+                elif new and "prompt" in found:
+                    label = f", label {found['label']} ({found['colour']})" if "label" in found else ""
+                    area, files = f"{found['area']:.1%} of the picture", out / found["files"]
+                    tqdm.write(f"{found['prompt']}: {area} -> {files}{label}")
+        except InputError as error:  # a video that is damaged later on
+            failures.append(error)
+        else:
+            if new and "frame" in found and not as_json:
+                legend = ", ".join(f"{each['prompt']} in {each['colour']}" for each in found["prompts"])
+                tqdm.write(f"{found['video']}: {found['frame'] + 1} frames -> {out / found['files']}, {legend}")
     if known:
         typer.echo(f"{known} of {len(pictures)} pictures were done before with these settings: skipped", err=True)
     if failures and len(pictures) == 1:

@@ -17,6 +17,8 @@ FORMATS = {
     ".csv": "text/csv",
     ".png": "image/png",
     ".npz": "application/zip",  # of NumPy arrays
+    ".mp4": "video/mp4",
+    ".vtt": "text/vtt",
 }
 LICENCES = {"https://spdx.org/licenses/MIT": "MIT License"}
 LICENCES["https://spdx.org/licenses/CC-BY-SA-4.0"] = "Creative Commons Attribution Share Alike 4.0 International"
@@ -54,7 +56,7 @@ def crate(entries: dict[str, dict], citation: dict, notebooks: list[str]) -> str
         return found if len(found) > 1 else found[0]
 
     def file(path: str, sha256: str, **more) -> dict:
-        licence = PICTURES if path.startswith("figures/") else CODE
+        licence = PICTURES if path.startswith(("figures/", "demo.")) else CODE
         format = FORMATS.get(Path(path).suffix, "application/octet-stream")
         more |= {"encodingFormat": format, "license": {"@id": licence}, "sha256": sha256}
         return add(quote(path, safe="/+"), "File", name=path, **more)
