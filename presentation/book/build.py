@@ -26,7 +26,7 @@ BOOK = ROOT / "presentation" / "book"
 BUILD = BOOK / "_build"
 RESULTS = ROOT / "results"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-DOCUMENTS = ("results/report.md", "data/README.md", "CREDITS.md")  # of the repository, pages as they are
+DOCUMENTS = ("results/report.md", "presentation/README.md", "data/README.md", "CREDITS.md")  # of the repository, pages as they are
 CHAPTERS = {  # first and last notebook of each part, as the README's table has them in order
     "The model": ("00", "05"),
     "The paper's tables": ("06", "10"),
