@@ -56,7 +56,7 @@ def _explorer(segmenter, image, prompt, example):
     condition = None if example is None else segmenter.conditions(example)[0]
     words = ui.Text(prompt, description="prompt", layout=_WIDE)
     threshold, mix = _share("threshold", 0.5), _share("a", 0.5)
-    picture, message = ui.Image(layout={"max_width": "100%"}), ui.HTML()
+    picture, message = ui.Image(layout={"max_width": "480px"}), ui.HTML()  # small enough to see with its controls
 
     def update():
         asked = words.value if condition is None else interpolate(words.value, condition, mix.value)
