@@ -26,7 +26,7 @@ BOOK = ROOT / "presentation" / "book"
 BUILD = BOOK / "_build"
 RESULTS = ROOT / "results"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-DOCUMENTS = ("results/report.md", "presentation/README.md", "data/README.md", "CREDITS.md")  # of the repository, pages as they are
+DOCUMENTS = ("results/report.md", "presentation/README.md", "data/README.md", "CREDITS.md")  # pages as they are
 CHAPTERS = {  # first and last notebook of each part, as the README's table has them in order
     "The model": ("00", "05"),
     "The paper's tables": ("06", "10"),
@@ -273,7 +273,8 @@ class _Page(HTMLParser):
             self.loads.append(given.get("href") or "")
         self.loads += [given[key] for key in ("src", "poster", "srcset", "data") if given.get(key)]
         self.loads += re.findall(r"url\(([^)]+)\)", given.get("style") or "")
-        self.pictures += tag == "img" and "_images/" in (given.get("src") or "")
+        source = given.get("src") or ""
+        self.pictures += tag == "img" and "_images/" in source and not source.endswith(".svg")  # badges
 
 
 def faults(html: Path, notebooks: list[Path] = NOTEBOOKS) -> list[str]:
