@@ -23,7 +23,7 @@ from report import BLOCKS
 
 from clipseg_repro.files import written_whole
 from clipseg_repro.plotting import OKABE_ITO
-from clipseg_repro.study.numbers import NAMED, filled, number
+from clipseg_repro.study.numbers import NAMED, cell, filled
 
 ROOT = Path(__file__).parents[1]
 WIDTH, HEIGHT = 13.333, 7.5  # inches, as all lengths here
@@ -97,14 +97,9 @@ class Slide:
 
     def _number(self, name):
         """A number by its name, noted as a source; nan where it is not measured."""
-        frame, *keys, column = (part.strip() for part in name.split(";"))
-        rows = pd.read_csv(self.results / "tables" / f"{frame}.csv")
-        for key in keys:
-            rows = rows[(rows.astype(str) == key).any(axis=1)]
-        if column in rows and len(rows) == 1 and pd.isna(rows[column].item()):
-            return rows[column].item()
-        value = number(self.results, name)
-        self.sources[name] = f"{value:g}" if isinstance(value, float) else str(value)
+        value = cell(self.results, name)
+        if not pd.isna(value):
+            self.sources[name] = f"{value:g}" if isinstance(value, float) else str(value)
         return value
 
     def _filled(self, text):

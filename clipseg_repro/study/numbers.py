@@ -12,10 +12,10 @@ from clipseg_repro.errors import InputError
 NAMED = re.compile(r"\{\{\s*(.+?)\s*\}\}")
 
 
-def number(results: Path, name: str):
+def cell(results: Path, name: str):
     """The cell that a name means: "table3; CLIPSeg (PC+); miou; mini" is of tables/table3.csv, in the one row that has
-    all of the values between, the column that comes last. Raises InputError, with the name, where it is not one cell or
-    was not measured."""
+    all of the values between, the column that comes last; nan if it was not measured. Raises InputError, with the name,
+    where it is not one cell."""
     table, *keys, column = (part.strip() for part in name.split(";"))
     frame = _table(Path(results), table, name)
     chosen = [all((frame.iloc[n].astype(str) == key).any() for key in keys) for n in range(len(frame))]
@@ -24,7 +24,12 @@ def number(results: Path, name: str):
             f"'{name}' is no number of results/tables: column '{column}' of {sum(chosen)} rows of {table}.csv; name "
             "values that one row has, and one of its columns"
         )
-    value = frame.loc[chosen, column].item()
+    return frame.loc[chosen, column].item()
+
+
+def number(results: Path, name: str):
+    """A `cell` that was measured. Raises InputError, with the name, where it was not."""
+    value = cell(results, name)
     if pd.isna(value):
         raise InputError(f"'{name}' has not been measured: clipseg-repro study and clipseg-repro reproduce measure it")
     return value
