@@ -64,9 +64,10 @@ def train(
 def study(
     runs: Annotated[list[str] | None, typer.Argument(help="Only these runs of experiments.yaml.")] = None,
     scale: ScaleOption = ScaleName.mini,
-    status: Annotated[bool, typer.Option("--status", help="Show what is measured, trained and left.")] = False,
+    status: Annotated[bool, typer.Option("--status", help="Show what is measured, running and left.")] = False,
 ):
-    """Train and measure all that the paper's tables need; goes on where it was stopped. Hours."""
+    """Train and measure all that the paper's tables need; goes on where it was stopped, and shares the runs with others
+    that are at it. Hours."""
     from clipseg_repro.study import queue
 
     chosen = get_scale(scale)

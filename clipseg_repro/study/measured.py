@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from clipseg_repro.datasets import episodes
@@ -115,17 +116,20 @@ def store(run: str, seed: int, part: str, samples: pd.DataFrame, counts: np.ndar
     """Add a part to what is stored of a run. Raises InputError if other runs were measured on other samples."""
     listed, path = _folder(scale) / f"{part}.csv", _folder(scale) / f"{key(run, seed)}.npz"
     samples = samples.astype(str)
-    known = pd.read_csv(listed, dtype=str) if listed.exists() else samples[:0]
-    one_fold = "fold" in samples and samples.fold.nunique() == 1
-    own = known[known.fold.isin(samples.fold)] if one_fold else known
-    if own.empty:  # the first run, or the first of a fold
-        every = pd.concat([known, samples])
-        every = every.sort_values("fold", kind="stable") if one_fold else every
-        with written_whole(listed) as temporary:
-            every.to_csv(temporary, index=False, lineterminator="\n")
-        record(listed, scale, data=_opened(part, scale.data).fingerprint(), command="clipseg-repro study")
-    elif not own.reset_index(drop=True).equals(samples.reset_index(drop=True)):
-        raise InputError(f"'{listed}' lists other samples than '{run}' was measured on now: remove '{listed.parent}'")
+    with FileLock(scale.unfinished / f"{part}.lock"):  # several processes may be at the study
+        known = pd.read_csv(listed, dtype=str) if listed.exists() else samples[:0]
+        one_fold = "fold" in samples and samples.fold.nunique() == 1
+        own = known[known.fold.isin(samples.fold)] if one_fold else known
+        if own.empty:  # the first run, or the first of a fold
+            every = pd.concat([known, samples])
+            every = every.sort_values("fold", kind="stable") if one_fold else every
+            with written_whole(listed) as temporary:
+                every.to_csv(temporary, index=False, lineterminator="\n")
+            record(listed, scale, data=_opened(part, scale.data).fingerprint(), command="clipseg-repro study")
+        elif not own.reset_index(drop=True).equals(samples.reset_index(drop=True)):
+            raise InputError(
+                f"'{listed}' lists other samples than '{run}' was measured on now: remove '{listed.parent}'"
+            )
     kept = dict(np.load(path)) if path.exists() else {}
     with written_whole(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **kept | {part: np.frombuffer(packed(counts), np.uint8)})

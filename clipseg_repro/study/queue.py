@@ -1,15 +1,17 @@
 """The study's training runs and measurements, one after the other, in an order that can stop and go on."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 
 from clipseg_repro.datasets.catalogue import CATALOGUE
 from clipseg_repro.errors import InputError
 from clipseg_repro.study.crate import write_crate
-from clipseg_repro.study.measured import decoder_file, keep_decoder, load_run, measure, measured, parts, store
+from clipseg_repro.study.measured import decoder_file, keep_decoder, key, load_run, measure, measured, parts, store
 from clipseg_repro.study.scales import Scale, data_root
 from clipseg_repro.study.tables import SEEDS, claims, rows
 from clipseg_repro.training import experiments, train
@@ -36,23 +38,45 @@ def of_table(table: int, entry: str = "") -> list[str]:
 def state(run: str, seed: int, scale: Scale) -> str:
     if set(parts(run)) <= set(measured(run, seed, scale)):
         return "measured"
+    with _claimed(run, seed, scale) as free:
+        if not free:
+            return "running"
     return "trained" if decoder_file(run, seed, scale).exists() else "left"
 
 
+@contextmanager
+def _claimed(run: str, seed: int, scale: Scale) -> Iterator[bool]:
+    """Whether no other process is at a run; then none can be until the block is left. A dead process holds nothing."""
+    lock = FileLock(scale.unfinished / f"{key(run, seed)}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
 def status(scale: Scale) -> pd.DataFrame:
-    """A row for every run of the queue: run, seed, state (measured, trained, left)."""
+    """A row for every run of the queue: run, seed, state (measured, running, trained, left)."""
     found = [(run, seed, state(run, seed, scale)) for run, seed in queue()]
     return pd.DataFrame(found, columns=["run", "seed", "state"])
 
 
 def study(scale: Scale, only: Iterable[str] = ()):
-    """Train and measure what is missing of the queue, or of `only` some of its runs. Goes on where it was stopped."""
+    """Train and measure what is missing of the queue, or of `only` some of its runs. Goes on where it was stopped, and
+    leaves to other processes what they are at."""
     for run, seed in queue():
-        if state(run, seed, scale) == "measured" or (only and run not in only):
+        if only and run not in only:
             continue
-        if not decoder_file(run, seed, scale).exists():
-            train_run(run, scale, seed)
-        measure_run(run, seed, scale)
+        with _claimed(run, seed, scale) as free:
+            if not free or state(run, seed, scale) == "measured":
+                continue
+            if not decoder_file(run, seed, scale).exists():
+                train_run(run, scale, seed)
+            measure_run(run, seed, scale)
     write_crate(scale)
 
 

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock
 from huggingface_hub import try_to_load_from_cache
 from IPython import get_ipython
 from IPython.display import Markdown, display
@@ -71,17 +72,18 @@ def record(
     A file that comes out byte for byte as recorded, from the same model and data, keeps its record: the run named there
     did produce it.
     """
-    entries = recorded(scale)
     key = Path(path).relative_to(scale.results).as_posix()
     entry = {"sha256": sha256(path), "command": command or _command(path.stem, scale)}
     entry |= more | provenance(scale, model, data)
-    known = entries.get(key, {})
-    if all(known.get(name) == entry[name] for name in ("sha256", *more, *MADE_FROM)):
-        return
-    entries = {name: old for name, old in entries.items() if (scale.results / name).exists()} | {key: entry}
-    with written_whole(scale.results / BOOK) as temporary:
-        text = json.dumps(entries, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+    with FileLock(scale.unfinished / f"{BOOK}.lock"):  # several processes may be at the study
+        entries = recorded(scale)
+        known = entries.get(key, {})
+        if all(known.get(name) == entry[name] for name in ("sha256", *more, *MADE_FROM)):
+            return
+        entries = {name: old for name, old in entries.items() if (scale.results / name).exists()} | {key: entry}
+        with written_whole(scale.results / BOOK) as temporary:
+            text = json.dumps(entries, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+            temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def recorded(scale: Scale) -> dict[str, dict]:

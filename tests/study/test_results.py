@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +43,17 @@ def test_table(scale):
         "| x | 0.434 | 3 |",
         "| y |  | 4 |",
     ]
+
+
+def test_records_of_several_writers_are_all_kept(scale):
+    """Of processes that write at once; threads, whose lock files are theirs alone too, stand for them."""
+    files = [scale.results / f"{n}.csv" for n in range(12)]
+    scale.results.mkdir()
+    for path in files:
+        path.touch()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda path: record(path, scale), files))
+    assert set(recorded(scale)) == {path.name for path in files}
 
 
 def test_provenance_holds_for_every_file_and_stays_while_the_file_does(scale, tiny_folder):

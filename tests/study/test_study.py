@@ -1,8 +1,10 @@
 """The study: what is stored of its models, its tables, and the rule that decides the paper's claims."""
 
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import pandas as pd
@@ -63,6 +65,23 @@ def test_a_run_is_measured_stored_and_checked(scale):
         m.store("d16", 0, "phrasecut-text", samples[1:], counts[1:], scale)
     with pytest.raises(InputError, match="has no 'voc': measure the run"):
         m.stored("clipseg-pc+", 0, "voc", scale)
+
+
+def test_processes_share_the_queue(scale, monkeypatch):
+    """A run that another process is at is left to it, and told; one that died holds none."""
+    done = []
+    monkeypatch.setattr(queue, "train_run", lambda run, scale, seed: done.append((run, seed)))
+    monkeypatch.setattr(queue, "measure_run", lambda *_: None)
+    monkeypatch.setattr(queue, "SEEDS", range(1))
+    theirs = "import sys\nfrom clipseg_repro.study import queue\nfrom clipseg_repro.study.scales import *\n"
+    theirs += f"scale = replace(SCALES['mini'], results=Path({str(scale.results)!r}))\n"
+    theirs += "with queue._claimed('d16', 0, scale) as free: print(free, flush=True), sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", theirs], stdin=PIPE, stdout=PIPE, text=True) as other:
+        assert other.stdout.readline() == "True\n"
+        queue.study(scale, ["d16", "no-visual"])
+        assert queue.state("d16", 0, scale) == "running" and queue.state("no-visual", 0, scale) == "left"
+        other.kill()
+    assert done == [("no-visual", 0)] and queue.state("d16", 0, scale) == "left"
 
 
 def test_a_decoder_of_another_run_is_refused(scale):
