@@ -19,6 +19,7 @@ from rocrate.rocrate import ROCrate
 
 from clipseg_repro.errors import InputError
 from clipseg_repro.files import sha256
+from clipseg_repro.study import tables
 from clipseg_repro.study.crate import NAME, write_crate
 from clipseg_repro.study.front_page import with_front_page
 from clipseg_repro.study.results import recorded
@@ -97,19 +98,22 @@ def test_imports_point_downwards():
                 assert room == own or floor[room] > floor[own], f"{path} imports {node.module}"
 
 
+def listed(*options: str) -> list[Path]:
+    """The files that `git ls-files` lists."""
+    found = subprocess.run(["git", "ls-files", "-z", *options], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip("not a git clone")
+    return [ROOT / name for name in found.stdout.split("\0") if (ROOT / name).is_file()]
+
+
 def test_no_file_names_a_package_registry():
     # in pieces, so that this file passes too
     hosts = ["pypi" + ".org", "python" + "hosted.", "download.pytorch" + ".org", "anaconda" + ".org", "npmjs" + "."]
     hosts += ["conda-forge" + ".org", "extra-index" + "-url", "--index" + "-url"]
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True)
-    if listed.returncode:
-        pytest.skip("not a git clone")
-    for name in listed.stdout.decode().split("\0"):
-        path = ROOT / name
-        if path.is_file() and b"\0" not in (content := path.read_bytes())[:8000]:
+    for path in listed("--cached", "--others", "--exclude-standard"):
+        if b"\0" not in (content := path.read_bytes())[:8000]:
             text = content.decode("utf-8", errors="replace")
-            assert not [host for host in hosts if host in text], f"{name} names a package registry"
+            assert not [host for host in hosts if host in text], f"{path} names a package registry"
 
 
 def test_citation_and_codemeta_agree_with_the_package():
@@ -157,21 +161,34 @@ def test_the_crate_is_current(tmp_path):
     """What the provenance gives; its files are kept, as it says, and a reader of the standard finds its way. After new
     results: make readme."""
     results = ROOT / "results"
-    (tmp_path / "provenance.json").write_bytes((results / "provenance.json").read_bytes())
+    for name in ("provenance.json", "decoders"):
+        (tmp_path / name).symlink_to(results / name)
     write_crate(replace(SCALES["mini"], results=tmp_path))
     assert (results / NAME).read_bytes() == (tmp_path / NAME).read_bytes()
     crate = ROCrate(results)
     assert crate.root_dataset["citation"]["author"][1]["name"] == "Alexander Ecker"
     files = {unquote(each.id): each["sha256"] for each in crate.data_entities if each.type == "File"}
     assert {path: sha256(results / path) for path in files} == files
-    listed = subprocess.run(["git", "ls-files", "-z", "results"], cwd=ROOT, capture_output=True, text=True).stdout
-    assert not listed or {f"results/{path}" for path in files} <= set(listed.split("\0"))
     made = {unquote(each["result"].id): each for each in crate.root_dataset["mentions"]}
     assert set(made) == set(recorded(replace(SCALES["mini"], results=results)))
     action = made["measured/clipseg-pc+.npz"]
     entry = recorded(replace(SCALES["mini"], results=results))["measured/clipseg-pc+.npz"]
     assert entry["commit"] in action["instrument"]["name"] and action["endTime"] == entry["time"]
     assert "decoders/clipseg-pc+.safetensors" in [each.id for each in action["object"]]
+    unkept = [each["name"] for each in made["measured/clipseg-pc+-seed1.npz"]["object"]]
+    assert "decoder of the run clipseg-pc+, seed 1, in half precision" in unkept
+    assert {results / path for path in files} <= set(listed("results"))
+
+
+def test_decoders_are_kept_of_all_rows_of_the_paper():
+    kept = listed("results/decoders")
+    theirs = tables.reported()
+    for table in range(3, 10):
+        asked = theirs[theirs.table == table]
+        for row in tables.rows(table):
+            if (row.method, row.setting) in set(zip(asked.method, asked.setting)):
+                assert set(row.runs) <= {path.stem for path in kept}
+    assert sum(path.stat().st_size for path in kept) <= 30e6
 
 
 def test_the_readmes_table_is_current():

@@ -31,14 +31,16 @@ def write_crate(scale: Scale):
     entries = recorded(scale)
     if entries and citation.exists():
         notebooks = [path.stem for path in sorted((project_root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))]
-        text = crate(entries, yaml.safe_load(citation.read_text(encoding="utf-8")), notebooks)
+        kept = {path.name for path in (scale.results / "decoders").glob("*")}
+        text = crate(entries, yaml.safe_load(citation.read_text(encoding="utf-8")), notebooks, kept)
         with written_whole(scale.results / NAME) as temporary:
             temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
-def crate(entries: dict[str, dict], citation: dict, notebooks: list[str]) -> str:
+def crate(entries: dict[str, dict], citation: dict, notebooks: list[str], kept: set[str]) -> str:
     """The JSON-LD that describes the files of `entries` (as `results.recorded` gives them) and the decoders that they
-    were measured from: the same text from the same entries, CITATION.cff's content and names of notebooks.
+    were measured from: the same text from the same entries, CITATION.cff's content, names of notebooks, and names of
+    the decoders that are `kept`; the others are known by their checksums alone.
 
     Every file has a sha256, and an action that says which code made it, of what, when and where.
     """
@@ -99,9 +101,12 @@ def crate(entries: dict[str, dict], citation: dict, notebooks: list[str]) -> str
             for each in (entry["data"] or "").split()
         ]
         if "decoder" in entry:
-            decoder = f"decoders/{Path(path).stem}.safetensors"
+            name, digest = f"{Path(path).stem}.safetensors", entry["decoder"]
             told = f"decoder of the run {entry['run']}, seed {entry['run_seed']}, in half precision"
-            used.append(file(decoder, entry["decoder"], description=told))
+            if name in kept:
+                used.append(file(f"decoders/{name}", digest, description=told))
+            else:
+                used.append(add(f"#{digest}", "CreativeWork", name=told, identifier=f"sha256:{digest}"))
         made = file(path, entry["sha256"], description=entry.get("caption") or _told(path, entry))
         actions.append(
             add(

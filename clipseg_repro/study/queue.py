@@ -82,10 +82,10 @@ def study(scale: Scale, only: Iterable[str] = ()):
 
 def measure_run(run: str, seed: int, scale: Scale):
     """Measure and store the parts of a trained run that are missing."""
-    segmenter = load_run(run, seed, scale)
-    for part in parts(run):
-        if part not in measured(run, seed, scale):
-            store(run, seed, part, *measure(segmenter, run, part, scale), scale)
+    missing = [part for part in parts(run) if part not in measured(run, seed, scale)]
+    segmenter = load_run(run, seed, scale) if missing else None
+    for part in missing:
+        store(run, seed, part, *measure(segmenter, run, part, scale), scale)
 
 
 def train_run(
