@@ -9,6 +9,8 @@ B images, K conditions, N tokens (1 + patches), P = projection_dim, S = input si
 import math
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 from transformers.models.clipseg.modeling_clipseg import CLIPSegDecoderLayer
 
 from clipseg_repro.errors import InputError
@@ -79,7 +81,19 @@ def decode(model, activations, conditions):
         output = _decoder_block(block, output)
     patches = output[:, 1:].transpose(1, 2)  # without the CLS token
     side = math.isqrt(patches.shape[2])
-    return decoder.transposed_convolution(patches.unflatten(2, (side, side))).squeeze(1)
+    return _enlarged(decoder.transposed_convolution, patches.unflatten(2, (side, side))).squeeze(1)
+
+
+def _enlarged(head, patches):
+    """head(patches), (K, 1, S, S). The windows of its transposed convolutions do not overlap: each is a product and a
+    rearrangement, which a CPU does ten times as fast as it does a transposed convolution."""
+    for layer in (module for module in head.modules() if not list(module.children())):
+        if isinstance(layer, nn.ConvTranspose2d):
+            (step, _), weight = layer.stride, layer.weight.flatten(1).T[:, :, None, None]
+            patches = F.pixel_shuffle(F.conv2d(patches, weight, layer.bias.repeat_interleave(step**2)), step)
+        else:
+            patches = layer(patches)
+    return patches
 
 
 def _decoder_block(block, hidden):

@@ -25,7 +25,7 @@ def table3(results: Path) -> str:
         cells = []
         for metric in METRICS:
             paper, here, low, high = figures.loc[metric, ["paper", "mini", "low", "high"]]
-            cells += ["" if pd.isna(paper) else f"{paper:g}"]
+            cells += ["" if pd.isna(paper) else f"{paper:.1f}"]
             cells += ["not measured" if pd.isna(here) else f"{here:.1f} ({low:.1f} to {high:.1f})"]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)

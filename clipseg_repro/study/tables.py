@@ -276,7 +276,7 @@ def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
     missing = np.where(table.setting.str.startswith("cited"), "", "not measured")
     told = [f"{v:.1f} ({lo:.1f} to {hi:.1f})" for v, lo, hi in zip(table[here], table.low, table.high)]
     told = np.where(table.seeds > 0, told, missing)
-    theirs = [f"{value:g}" if value == value else "" for value in table.paper]
+    theirs = [f"{value:.1f}" if value == value else "" for value in table.paper]
     wide = table.assign(**{here: told, "paper": theirs}).set_index(["method", "setting", "metric"])[["paper", here]]
     order = dict.fromkeys(zip(table.method, table.setting))
     wide = wide.unstack("metric").swaplevel(axis=1).reindex(columns=list(dict.fromkeys(table.metric)), level=0)
