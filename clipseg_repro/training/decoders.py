@@ -1,5 +1,6 @@
 """Training of decoders on a frozen CLIP: the runs of `experiments.yaml`, on accelerate."""
 
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -185,7 +186,7 @@ def train(
     frozen, processor = untrained(settings, source)  # what no gradient reaches, as fast as can be
     frozen = frozen.to(device, dtype)
     model = model.to(device).requires_grad_(False)
-    model.decoder.requires_grad_(True).train()
+    model.decoder.requires_grad_(True)
     wanted = settings["dataset"], root
     data = PhraseCutPlus(
         samples(*wanted, "train"),
@@ -203,7 +204,9 @@ def train(
     layers, recipe = "-".join(map(str, frozen.config.extract_layers)), settings["recipe"]
     images = Kept(keep and keep / f"images, layers {layers}", len(data.dataset.by_image))
     examples = Kept(keep and keep / f"examples, {recipe}", len(data.dataset), np.float32)
-    val = samples(*wanted, "val")
+    segmenter = Segmenter(model, processor, model.device, model.dtype)
+    queries = encoded(segmenter, samples(*wanted, "val"), validate_on) if processes.is_main_process else []
+    model.decoder.train()
     optimiser = torch.optim.AdamW(model.decoder.parameters(), lr=settings["learning_rate"])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, settings["final_learning_rate"])
     crops, shares = settings["batch"] // settings["phrases_per_image"], processes.num_processes
@@ -273,7 +276,7 @@ def train(
             steps,
             {"decoder": model.decoder, "optimiser": optimiser, "schedule": schedule},
             settings,
-            validate=lambda: validate(model, processor, val, validate_on),
+            validate=lambda: validate(model.decoder, queries),
             every=min(250, -(-steps // 4)),  # quarters: a rest of two steps would be all noise
             log=log,
         )
@@ -283,7 +286,7 @@ def train(
         if processes.is_main_process:
             model.eval().save_pretrained(Path(folder) / "model")
             untouched.save_pretrained(Path(folder) / "model")
-    return Segmenter(model, processor)
+    return segmenter
 
 
 def untrained(settings: dict, source: str):
@@ -339,19 +342,28 @@ def align_film(model, activations: torch.Tensor, texts: torch.Tensor):
         parameter.zero_()
 
 
+def encoded(segmenter: Segmenter, dataset: Samples, images: int) -> list[tuple[Segmenter, list[str], list[np.ndarray]]]:
+    """Of the first `images` of a split: a Segmenter with the image set, which the frozen encoder then saw for all steps
+    to come, its phrases and their masks."""
+    made = []
+    for indices in list(dataset.by_image.values())[:images]:
+        samples = [dataset[i] for i in indices]
+        own = copy(segmenter)
+        own.set_image(samples[0].image)
+        made.append((own, [s.phrase for s in samples], [s.mask for s in samples]))
+    return made
+
+
 @torch.no_grad()
-def validate(model, processor, dataset: Samples, images: int) -> dict[str, float]:
-    """mIoU, IoU_FG at the best threshold and AP of text prompts on the first `images` of a split.
+def validate(decoder, queries: list[tuple[Segmenter, list[str], list[np.ndarray]]]) -> dict[str, float]:
+    """mIoU, IoU_FG at the best threshold and AP of text prompts on `encoded` queries, whose decoder it is.
 
     In the exact convention: the released AP leaves out all recall below that at t = 0.98, and falls as maps get surer.
     """
-    model.eval()
-    segmenter = Segmenter(model, processor, model.device, model.dtype)
+    decoder.eval()
     metrics = SegmentationMetrics(convention="exact")
-    for indices in list(dataset.by_image.values())[:images]:
-        samples = [dataset[i] for i in indices]
-        segmenter.set_image(samples[0].image)
-        metrics.update(segmenter.predict([s.phrase for s in samples]), [s.mask for s in samples])
-    model.decoder.train()
+    for segmenter, phrases, masks in queries:
+        metrics.update(segmenter.predict(phrases), masks)
+    decoder.train()
     best = metrics.best()
     return {key: round(best[key], 4) for key in ("miou", "iou_fg", "ap")}
