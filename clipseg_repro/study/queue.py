@@ -21,7 +21,7 @@ def queue() -> list[tuple[str, int]]:
     """(run, seed) of all that the tables need: every run once, then the further seeds of those that claims rest on."""
     first = [(run, 0) for run, settings in experiments().items() if settings["tables"]]
     rested = [(claim["table"], claim[side]["method"]) for claim in claims().values() for side in ("larger", "smaller")]
-    again = [run for table in (3, 9) for row in rows(table) if (table, row.method) in rested for run in row.runs]
+    again = [run for table in (3, 5, 8, 9) for row in rows(table) if (table, row.method) in rested for run in row.runs]
     return first + [(run, seed) for seed in SEEDS[1:] for run in dict.fromkeys(again)]
 
 
