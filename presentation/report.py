@@ -32,8 +32,8 @@ def claims(results: Path) -> str:
     for row in _read(results, "claims").itertuples():
         sides = difference = ""
         if row.difference == row.difference:
-            sides, difference = f"{row.larger:g} / {row.smaller:g}", f"{row.low:+g} to {row.high:+g}"
-        paper = f"{row.paper_larger:g} / {row.paper_smaller:g}"
+            sides, difference = f"{row.larger:.1f} / {row.smaller:.1f}", f"{row.low:+.1f} to {row.high:+.1f}"
+        paper = f"{row.paper_larger:.1f} / {row.paper_smaller:.1f}"
         lines.append(
             f"| {row.claim} | {row.statement} | {row.table} | {paper} | {sides} | {difference} | {row.verdict} |"
         )
@@ -44,8 +44,8 @@ def failed(results: Path) -> str:
     """The claims that do not hold, as a list."""
     own = _read(results, "claims").query("verdict == 'does not hold'")
     return "\n".join(
-        f"- **[¬Re] {row.claim}** {row.statement}: {row.paper_larger:g} against {row.paper_smaller:g} in the paper, "
-        f"{row.larger:g} against {row.smaller:g} here ({row.low:+g} to {row.high:+g})."
+        f"- **[¬Re] {row.claim}** {row.statement}: {row.paper_larger:.1f} against {row.paper_smaller:.1f} in the "
+        f"paper, {row.larger:.1f} against {row.smaller:.1f} here ({row.low:+.1f} to {row.high:+.1f})."
         for row in own.itertuples()
     )
 
@@ -53,8 +53,8 @@ def failed(results: Path) -> str:
 def ablations(results: Path) -> str:
     lines = ["| | paper | mini | 95% interval |", "| :--- | ---: | ---: | ---: |"]
     for row in _read(results, "ablation_effects").query("setting == 'text'").itertuples():
-        paper = f"{row.paper:+g}" if row.paper == row.paper else ""
-        lines.append(f"| {row.method} | {paper} | {row.mini:+g} | {row.low:+g} to {row.high:+g} |")
+        paper = f"{row.paper:+.1f}" if row.paper == row.paper else ""
+        lines.append(f"| {row.method} | {paper} | {row.mini:+.1f} | {row.low:+.1f} to {row.high:+.1f} |")
     return "\n".join(lines)
 
 
