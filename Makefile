@@ -16,9 +16,11 @@ setup: .venv/installed
 reproduce: setup
 	$(BIN)/clipseg-repro reproduce --resume
 
-# Trains and measures what the tables still lack; stops and goes on. Hours: results/measured holds what is done.
+# Trains and measures what the tables still lack, and writes them; stops and goes on. Hours: results/measured holds what
+# is done.
 study: setup
 	$(BIN)/clipseg-repro study
+	$(BIN)/clipseg-repro reproduce
 
 # The README's front page, results/ro-crate-metadata.json, and the report (its PDF where a Chromium is installed).
 readme: setup

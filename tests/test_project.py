@@ -180,6 +180,16 @@ def test_the_crate_is_current(tmp_path):
     assert {results / path for path in files} <= set(listed("results"))
 
 
+def test_every_result_was_made_by_a_commit_of_this_history():
+    """After results of a changed clone: commit, then clipseg-repro reproduce makes them again."""
+    entries = recorded(replace(SCALES["mini"], results=ROOT / "results"))
+    assert [path for path, entry in entries.items() if entry["dirty"] is not False] == []
+    log = subprocess.run(["git", "rev-list", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if log.returncode or (ROOT / ".git/shallow").exists():
+        pytest.skip("no whole history here")
+    assert {entry["commit"] for entry in entries.values()} <= set(log.stdout.split())
+
+
 def test_decoders_are_kept_of_all_rows_of_the_paper():
     kept = listed("results/decoders")
     theirs = tables.reported()
