@@ -20,8 +20,12 @@ from clipseg_repro.training import experiments, train
 def queue() -> list[tuple[str, int]]:
     """(run, seed) of all that the tables need: every run once, then the further seeds of those that claims rest on."""
     first = [(run, 0) for run, settings in experiments().items() if settings["tables"]]
-    rested = [(claim["table"], claim[side]["method"]) for claim in claims().values() for side in ("larger", "smaller")]
-    again = [run for table in (3, 5, 8, 9) for row in rows(table) if (table, row.method) in rested for run in row.runs]
+    again = []
+    for claim in claims().values():
+        methods = [claim[side]["method"] for side in ("larger", "smaller")]
+        sides = [[run for row in rows(claim["table"]) if row.method == name for run in row.runs] for name in methods]
+        if all(sides):  # else one is somebody else's, and no seed of ours decides
+            again += sides[0] + sides[1]
     return first + [(run, seed) for seed in SEEDS[1:] for run in dict.fromkeys(again)]
 
 

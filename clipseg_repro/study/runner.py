@@ -19,9 +19,6 @@ from clipseg_repro.study.crate import write_crate
 from clipseg_repro.study.results import PACKAGE, recorded
 from clipseg_repro.study.scales import get_scale, project_root
 
-# In the code of a notebook that shows runs of the study.
-SHOWS_RUNS = re.compile(r'clipseg_repro\.study\.(tables|measured)|results / "training"')
-
 
 class NotebookFailed(RuntimeError):
     """A notebook stopped with an error. The message names notebook, cell and error."""
@@ -50,7 +47,7 @@ def reproduce(only=(), scale: str = "mini", resume: bool = True, limit: int | No
 
     Notebooks write tables and figures to results/ themselves; here executed copies go to results/executed, what they
     print to results/logs, and at the end the crate that describes the results is made anew. With `resume`, a notebook
-    that has run is not run again unless it, the package, the scale or the runs that it shows have changed since, or one
+    that has run is not run again unless it, the package, the scale or the study's runs have changed since, or one
     of its tables or figures is no longer there as it was written and recorded. The kernel is this interpreter's,
     whatever kernels are installed. `limit`: of those notebooks that have such a parameter, for a quick pass. Raises
     NotebookFailed, or InputError if results/ cannot be written or its provenance.json is damaged.
@@ -64,10 +61,10 @@ def reproduce(only=(), scale: str = "mini", resume: bool = True, limit: int | No
         sweep(scale.results)
         entries = recorded(scale)
         scale.prepare()
-        copies = []
+        runs, copies = _runs(scale, entries), []
         for number, path in enumerate(chosen, start=1):
             parameters = {"SCALE": scale.name} | ({"LIMIT": limit} if limit and _takes_limit(path) else {})
-            copy, key = executed / path.name, _key(path, parameters, scale, entries)
+            copy, key = executed / path.name, _key(path, parameters, runs)
             label = f"[{number}/{len(chosen)}] {path.stem}"
             if resume and _finished(copy, key, scale, entries):
                 tqdm.write(f"{label}: already done")
@@ -142,21 +139,23 @@ def _cell(path, source):
     return f"cell {index} of {len(cells)} ({first})" if index else f"the cell of parameters ({first})"
 
 
-def _key(path: Path, parameters: dict, scale, entries) -> str:
-    """Changes when a re-run could give something else: with the notebook's cells, its parameters, the package, or what
-    is measured of the study's runs, where the notebook shows them."""
+def _key(path: Path, parameters: dict, runs: list) -> str:
+    """Changes when a re-run could give something else: with the notebook's cells, its parameters, the package, or the
+    study's runs."""
     cells = [(cell.cell_type, cell.source) for cell in nbformat.read(path, as_version=4).cells]
-    shows = any(kind == "code" and SHOWS_RUNS.search(source) for kind, source in cells)
-    known = [cells, parameters, _package_checksum(), _runs(scale, entries) if shows else []]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([cells, parameters, _package_checksum(), runs]).encode()).hexdigest()
 
 
 def _runs(scale, entries):
+    """Of each run of the study, the decoder that was measured, and on which parts."""
     from clipseg_repro.study.measured import key, measured, parts  # slow to import
     from clipseg_repro.study.queue import queue
 
-    found = [(entries.get(f"measured/{key(*run)}.npz", {}), run) for run in queue()]
-    return [(entry.get("decoder"), [p for p in parts(run[0]) if p in measured(*run, scale)]) for entry, run in found]
+    def known(run, seed):
+        entry = entries.get(f"measured/{key(run, seed)}.npz", {})
+        return entry.get("decoder"), sorted({*parts(run)} & {*measured(run, seed, scale)})
+
+    return [known(run, seed) for run, seed in queue()]
 
 
 @lru_cache
